@@ -1,0 +1,116 @@
+"""Checkpoints: written whole or not at all, and read without running code.
+
+Keys: `epoch` (finished epochs), `batch` (finished batches of the next one), `step` (finished updates),
+`state_dict`, `state_dict_ema`, `optimizer`, `scaler`, `rng`, `config`. Tensors and plain values only.
+"""
+
+import os
+import pickle
+import re
+import zipfile
+
+import torch
+
+from .errors import RunError, UsageError
+
+FINAL = "model_final.pth.tar"
+# epoch_009: after the tenth epoch; epoch_009_batch_00042: after 42 batches of it
+PATTERN = re.compile(r"epoch_(\d+)(?:_batch_(\d+))?\.pth\.tar$")
+
+
+def checkpoint_name(epoch, batch=0):
+    """File name after `epoch` finished epochs and `batch` batches of the next."""
+    if batch or not epoch:
+        return f"epoch_{epoch:03d}_batch_{batch:05d}.pth.tar"
+    return f"epoch_{epoch - 1:03d}.pth.tar"
+
+
+def _progress(name):
+    """(finished epochs, batches), by which checkpoints are ordered."""
+    epoch, batch = PATTERN.match(name).groups()
+    return (int(epoch), int(batch)) if batch else (int(epoch) + 1, 0)
+
+
+def list_checkpoints(folder):
+    """Paths of a run folder's checkpoints, newest first."""
+    names = [n for n in os.listdir(folder) if PATTERN.match(n)]
+    return [os.path.join(folder, n) for n in sorted(names, key=_progress, reverse=True)]
+
+
+def save_checkpoint(state, is_final, file_folder, file_name="checkpoint.pth.tar"):
+    """Save `state` as file_folder/file_name; with `is_final` also, less what only training needs, as FINAL.
+
+    Whatever happens, the file under that name is whole: the old one or the new one.
+    Raises RunError when the disk is full or the folder cannot be written.
+    """
+    os.makedirs(file_folder, exist_ok=True)
+    _write_atomically(state, os.path.join(file_folder, file_name))
+    if is_final:
+        model = {k: v for k, v in state.items() if k not in ("optimizer", "scaler", "rng")}
+        _write_atomically(model, os.path.join(file_folder, FINAL))
+
+
+def _write_atomically(state, path):
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())  # on the disk before it gets its name
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as either
+        if os.path.exists(partial):
+            os.remove(partial)
+        reason = str(e).splitlines()[0]
+        raise RunError(f"cannot write checkpoint {path}: {reason}; earlier checkpoints are untouched") from None
+
+
+def remove_old_checkpoints(folder, keep_last):
+    """Delete all but the newest `keep_last` checkpoints (None: keep all) and what a killed run left half written."""
+    for name in os.listdir(folder):
+        if name.endswith(".pth.tar.partial"):
+            os.remove(os.path.join(folder, name))
+    for path in list_checkpoints(folder)[keep_last:] if keep_last else ():
+        os.remove(path)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of train.py onto the CPU.
+
+    Raises UsageError when the file is missing, damaged (every byte is checked against the file's own
+    checksums), holds more than tensors and plain values, or is something else.
+    """
+    if not os.path.isfile(path):
+        raise UsageError(f"checkpoint: no file {path}")
+    try:
+        with zipfile.ZipFile(path) as z:
+            damaged = z.testzip()
+        if damaged:
+            raise UsageError(f"checkpoint {path} is damaged: wrong checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UsageError(f"checkpoint {path} holds more than tensors and plain values; loading it could run code, "
+                         "so it is refused") from None
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError) as e:
+        raise UsageError(f"checkpoint {path} is damaged or no checkpoint: {str(e).splitlines()[0][:120]}") from None
+    if not isinstance(state, dict) or not {"epoch", "state_dict", "state_dict_ema", "config"} <= state.keys():
+        raise UsageError(f"checkpoint {path} is none of train.py's")
+    return state
+
+
+def find_checkpoint(path):
+    """(path, state) to resume from: a file, or the newest whole checkpoint of a run folder.
+
+    A damaged one in a folder is named on the terminal and the one before it is taken.
+    """
+    if not os.path.isdir(path):
+        state = load_checkpoint(path)
+        if "optimizer" not in state:
+            raise UsageError(f"--resume: {path} holds no optimizer state; resume from an epoch_*.pth.tar beside it")
+        return path, state
+    for candidate in list_checkpoints(path):
+        try:
+            return candidate, load_checkpoint(candidate)
+        except UsageError as e:
+            print(f"{e}; trying the one before it", flush=True)
+    raise UsageError(f"--resume: no whole checkpoint (epoch_*.pth.tar) in {path}")

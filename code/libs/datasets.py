@@ -1,0 +1,218 @@
+"""Data sets: images as one uint8 tensor, turned into float batches with no Python work per image."""
+
+import os
+import shutil
+import tempfile
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+from torchvision import datasets as tv
+
+from .errors import RunError, UsageError
+from .folders import load_folder
+from .mnist import fetch_mnist
+from .seeds import seeded_generator
+
+# name -> (image shape, number of classes, None: known once the folder is read)
+KNOWN = {
+    "MNIST": ((1, 28, 28), 10),
+    "FashionMNIST": ((1, 28, 28), 10),
+    "EMNIST": ((1, 28, 28), 47),
+    "CIFAR10": ((3, 32, 32), 10),
+    "AFHQ": ((3, 128, 128), 3),
+    "MiniImageNet": ((3, 128, 128), None),
+    "ImageFolder": ((3, 128, 128), None),
+}
+FOLDERS = ("AFHQ", "MiniImageNet", "ImageFolder")
+# the handout sends these through the autoencoder, whose own range is [0, 1]
+RANGE_01 = ("AFHQ", "MiniImageNet")
+
+
+class ImageDataset(Dataset):
+    """Images and labels; items are `(image C x H x W float, label int)`.
+
+    Args:
+        images: N x C x S x S, uint8: a tensor, or an object that is indexed like one (`FileImages`).
+        labels: N, long.
+        classes: names of the classes.
+        img_size: side of the square that is cut out; random when `augment`, else the centre.
+        augment: random crop, and with `flip` a random flip.
+        value_range: (low, high) of the floats.
+    """
+
+    def __init__(self, images, labels, classes, img_size=None, augment=False, flip=False,
+                 value_range=(-1.0, 1.0)):
+        self.images, self.labels, self.classes = images, labels, list(classes)
+        self.img_size = img_size or images.shape[-1]
+        self.augment, self.flip, self.value_range = augment, flip, value_range
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
+            raise UsageError(f"labels run from {int(labels.min())} to {int(labels.max())}, "
+                             f"but there are {len(self.classes)} classes")
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        images, labels = self.batch(torch.tensor([range(len(self))[i]]))
+        return images[0], int(labels[0])
+
+    @property
+    def img_shape(self):
+        return (self.images.shape[1], self.img_size, self.img_size)
+
+    def to(self, device):
+        """Move what is held in memory to `device`, so that batches are made there."""
+        if isinstance(self.images, torch.Tensor):
+            self.images = self.images.to(device)
+            self.labels = self.labels.to(device)
+        return self
+
+    def batch(self, index, generator=None):
+        """Items `index` (long, CPU) as `(images B x C x H x W float, labels B)`, where the data lives.
+
+        generator: a CPU generator for crop and flip; None takes torch's global one.
+        """
+        device = self.labels.device
+        x = self.images[index.to(device)]
+        x = self._crop(x, len(index), generator)
+        if self.augment and self.flip:
+            flip = torch.rand(len(index), generator=generator) < 0.5
+            x = torch.where(flip.to(device)[:, None, None, None], x.flip(-1), x)
+        low, high = self.value_range
+        return x.float() * ((high - low) / 255) + low, self.labels[index.to(device)]
+
+    def _crop(self, x, n, generator):
+        spare = x.shape[-1] - self.img_size
+        if spare == 0:
+            return x
+        if not self.augment:
+            return x[:, :, spare // 2:, spare // 2:][:, :, :self.img_size, :self.img_size]
+        corner = torch.randint(0, spare + 1, (2, n), generator=generator).to(x.device)
+        rows, cols = corner[:, :, None] + torch.arange(self.img_size, device=x.device)  # each n x img_size
+        i = torch.arange(n, device=x.device)[:, None, None]
+        # channels last for the gather, then back
+        return x.permute(0, 2, 3, 1)[i, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+class BatchLoader:
+    """Batches of an ImageDataset in an order that is a function of (seed, epoch) alone.
+
+    Every epoch has `len(loader)` full batches; the images that do not fill one wait for another epoch.
+    """
+
+    def __init__(self, dataset, batch_size, seed=0):
+        self.dataset = dataset
+        self.batch_size = min(batch_size, len(dataset))
+        self.seed = seed
+        self.next_epoch = 0
+
+    def __len__(self):
+        return len(self.dataset) // self.batch_size
+
+    def epoch(self, epoch, start=0):
+        """The batches of one epoch, from batch number `start` on."""
+        order = torch.randperm(len(self.dataset), generator=seeded_generator(self.seed, "order", epoch))
+        for k in range(start, len(self)):
+            index = order[k * self.batch_size:(k + 1) * self.batch_size]
+            yield self.dataset.batch(index, seeded_generator(self.seed, "augment", epoch, k))
+
+    def __iter__(self):
+        self.next_epoch += 1
+        return self.epoch(self.next_epoch - 1)
+
+
+def build_dataloader(dataset, batch_size, num_workers=0, seed=0):
+    """Batches `(images B x C x H x W, labels B)` of a data set from `build_dataset`, shuffled anew each epoch.
+
+    num_workers: threads that decode image files, for a data set too large for memory.
+    """
+    if hasattr(dataset.images, "num_workers"):
+        dataset.images.num_workers = max(num_workers, 1)
+    return BatchLoader(dataset, batch_size, seed)
+
+
+def build_dataset(name, split, data_folder, img_size=None, value_range=None, download=True):
+    """Load a data set by name.
+
+    Args:
+        name: a key of `KNOWN`. "ImageFolder" is any tree of one folder per class.
+        split: "train" (random crop and flip for photographs) or "test" (centre crop); "val" means "test".
+        data_folder: where it is, or where MNIST and the other small ones are downloaded to.
+        img_size: side of the square images; None keeps the data's own, 128 for photographs.
+        value_range: (low, high) of the pixels; None is (-1, 1), or (0, 1) for AFHQ and MiniImageNet.
+        download: fetch what is missing, where the data set can be fetched.
+
+    Returns:
+        (dataset, num_classes, img_shape); items are (image C x H x W float, label int).
+
+    Raises:
+        UsageError: unknown name or split; a folder that is missing, empty or holds a broken image.
+        RunError: a download failed.
+    """
+    if name not in KNOWN:
+        raise UsageError(f"dataset.name: unknown {name!r}; it is one of {', '.join(KNOWN)}")
+    if split not in ("train", "test", "val"):
+        raise UsageError(f"dataset.split: unknown {split!r}; it is 'train' or 'test'")
+    train = split == "train"
+    if value_range is None:
+        value_range = (0.0, 1.0) if name in RANGE_01 else (-1.0, 1.0)
+    if name in FOLDERS:
+        size = img_size or KNOWN[name][0][-1]
+        # resized to 9/8, so that a random crop has something to choose from
+        images, labels, classes = load_folder(data_folder, train, size * 9 // 8)
+    else:
+        images, labels, classes = _load_torchvision(name, train, data_folder, download)
+        size = img_size or images.shape[-1]
+        if size != images.shape[-1]:
+            images = _resize(images, size)
+    flip = name in FOLDERS or name == "CIFAR10"  # a mirrored digit or letter is another one
+    dataset = ImageDataset(images, labels, classes, size, train, flip, tuple(map(float, value_range)))
+    return dataset, len(dataset.classes), dataset.img_shape
+
+
+def _load_torchvision(name, train, root, download):
+    """A data set of torchvision's as (uint8 N x C x S x S, labels, class names); downloads what is missing."""
+    options = {"split": "balanced"} if name == "EMNIST" else {}
+    kind = getattr(tv, name)
+    try:
+        if download:
+            os.makedirs(root, exist_ok=True)
+            if name == "MNIST":
+                fetch_mnist(root)
+        try:
+            data = kind(root, train=train, download=False, **options)
+        except RuntimeError:  # torchvision's word for "not found"
+            if not download:
+                raise UsageError(f"dataset.data_folder: no {name} in {root}") from None
+            _download(kind, root, options)
+            data = kind(root, train=train, download=False, **options)
+    except (PermissionError, NotADirectoryError, FileExistsError) as e:
+        raise UsageError(f"dataset.data_folder: cannot write {e.filename or root} ({e.strerror})") from None
+    images = torch.as_tensor(data.data)
+    images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+    if name == "EMNIST":
+        images = images.transpose(2, 3).contiguous()  # stored lying on their side
+    return images, torch.as_tensor(data.targets, dtype=torch.long), data.classes
+
+
+def _download(kind, root, options):
+    """Download into a folder beside the target, then rename: a broken download leaves nothing."""
+    print(f"downloading {kind.__name__} into {os.path.relpath(root)}", flush=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as tmp:
+        try:
+            kind(tmp, download=True, **options)
+        except (OSError, RuntimeError) as e:
+            raise RunError(f"{kind.__name__} cannot be downloaded into {root}: {str(e).splitlines()[0]}") from None
+        for entry in os.listdir(tmp):
+            target = os.path.join(root, entry)
+            if os.path.isdir(target):
+                shutil.rmtree(target)  # what torchvision just called incomplete
+            os.replace(os.path.join(tmp, entry), target)
+
+
+def _resize(images, size):
+    """uint8 N x C x S x S to another side, a thousand at a time to save memory."""
+    parts = [F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+             .round().clamp(0, 255).byte() for part in images.split(1000)]
+    return torch.cat(parts)

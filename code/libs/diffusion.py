@@ -1,0 +1,161 @@
+"""What DDPM and EDM share: the UNet, the optional autoencoder, the loss's and the samplers' frame."""
+
+import torch
+from torch import nn
+
+from .errors import UsageError
+from .tiny_autoencoder import TAESD
+from .unet import UNet
+
+
+class Diffusion(nn.Module):
+    """A conditional diffusion model of images, or with `use_vae` of an autoencoder's latents.
+
+    Args:
+        img_shape: (C, H, W) of the image. With `use_vae` the attribute `.img_shape` becomes the latent's.
+        timesteps: number of noise levels that training draws from; t = 0 is the least noise.
+        dim, context_dim, num_classes, dim_mults, attn_levels: see UNet.
+        use_vae: images in [0, 1] go through TAESD; without it images are in [-1, 1].
+        vae_encoder_weights, vae_decoder_weights: files of TAESD's weights; None keeps random ones.
+        label_dropout: chance that training hides an image's label, so that sampling can be guided.
+        unet_options: further keyword arguments of UNet.
+
+    A subclass says how a noise level disturbs an image (`losses`) and how an image is drawn
+    (`SAMPLERS`, `p_sample_loop`).
+    """
+
+    SAMPLERS = {}  # name -> method(x, labels, steps, guidance_scale, generator, callback) that returns x_0
+
+    def __init__(self, img_shape=(3, 32, 32), timesteps=100, dim=64, context_dim=64, num_classes=10,
+                 dim_mults=(1, 2, 4), attn_levels=(0, 1), use_vae=False, vae_encoder_weights=None,
+                 vae_decoder_weights=None, label_dropout=0.0, **unet_options):
+        super().__init__()
+        self.timesteps = timesteps
+        self.num_classes = num_classes
+        self.label_dropout = label_dropout
+        self.use_vae = use_vae
+        self.vae = TAESD(vae_encoder_weights, vae_decoder_weights) if use_vae else None
+        self.img_shape = TAESD.latent_shape(img_shape) if use_vae else tuple(img_shape)
+        self.model = UNet(
+            dim, context_dim, num_classes, in_channels=self.img_shape[0], dim_mults=dim_mults,
+            attn_levels=attn_levels, null_label=label_dropout > 0, **unet_options,
+        )
+        self.model.check_size(*self.img_shape[1:])
+
+    # ---- the autoencoder is a tool, not a part: never trained, never saved
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.vae is not None:
+            self.vae.eval()
+        return self
+
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        for key in [k for k in state if k.startswith("vae.")]:
+            del state[key]
+        return state
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        vae, self.vae = self.vae, None
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            self.vae = vae
+
+    @torch.no_grad()
+    def encode(self, images):
+        """B x 3 x H x W in [0, 1] -> latents B x 4 x H/8 x W/8; pixels pass as they are."""
+        return self.vae.encoder(images) if self.use_vae else images
+
+    @torch.no_grad()
+    def postprocess(self, x):
+        """What the reverse process ends with -> images in [0, 1], decoded when `use_vae`."""
+        if self.use_vae:
+            return self.vae.decoder(x).clamp(0, 1)
+        return ((x + 1) / 2).clamp(0, 1)
+
+    # ---- training
+
+    def losses(self, x_start, label, t, noise):
+        """B x ..., B, B, B x ... -> B weighted squared errors, each the mean over one image's values."""
+        raise NotImplementedError
+
+    def forward(self, x_start, label, t, noise=None, drop=None, encoded=False):
+        """Loss of each image, B; `compute_loss` is its mean and explains the arguments."""
+        if not encoded:
+            x_start = self.encode(x_start)
+        if noise is None:
+            noise = torch.randn_like(x_start)
+        if self.label_dropout > 0:
+            if drop is None:
+                drop = torch.rand(label.shape, device=label.device) < self.label_dropout * self.training
+            label = torch.where(drop, self.num_classes, label)
+        return self.losses(x_start, label, t, noise)
+
+    def compute_loss(self, x_start, label, t, noise=None, drop=None, encoded=False):
+        """The training loss, a scalar.
+
+        Args:
+            x_start: B x C x H x W images: in [-1, 1], or in [0, 1] with `use_vae`.
+            label: B, long.
+            t: B, long, 0 to timesteps - 1: the noise level.
+            noise: like x_start (with `use_vae` like its latents), standard normal; None draws it.
+            drop: B, bool: whose label is hidden; None draws it with chance `label_dropout` in training mode.
+            encoded: x_start holds latents already.
+        """
+        return self(x_start, label, t, noise, drop, encoded).mean()
+
+    # ---- sampling
+
+    def guided(self, x, label, time, guidance_scale=1.0):
+        """The network's output, pushed away from what it says without a label.
+
+        Classifier-free guidance, Ho & Salimans 2022 eq. 6 with guidance_scale = 1 + w:
+        1 is the plain conditional model, 0 the unconditional one. Both branches go in one call.
+        """
+        if guidance_scale == 1.0:
+            return self.model(x, label, time)
+        if not self.model.label_embd.null_label:
+            raise UsageError(
+                f"guidance_scale: {guidance_scale} needs a model that was trained with model.label_dropout > 0; "
+                "for this one only 1.0 works"
+            )
+        null = torch.full_like(label, self.num_classes)
+        both = self.model(x.repeat(2, 1, 1, 1), torch.cat([label, null]), time.repeat(2))
+        cond, uncond = both.chunk(2)
+        return uncond + guidance_scale * (cond - uncond)
+
+    def check_labels(self, labels):
+        """Raise UsageError unless all labels are classes that the model knows."""
+        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < self.num_classes):
+            wrong = next(int(k) for k in labels if not 0 <= int(k) < self.num_classes)
+            raise UsageError(f"label {wrong} is outside the model's classes 0 to {self.num_classes - 1}")
+
+    @torch.no_grad()
+    def sample(self, labels, sampler=None, steps=None, guidance_scale=1.0, noise=None, generator=None,
+               callback=None):
+        """Draw one image per label: B -> B x C x H x W in [0, 1].
+
+        Args:
+            labels: B, long, on the model's device.
+            sampler: a key of `SAMPLERS`; None takes the class's first.
+            steps: number of sampler steps; None takes the sampler's default.
+            guidance_scale: see `guided`.
+            noise: B x *img_shape, standard normal: where the reverse process starts; None draws it.
+            generator: source of all randomness; None is torch's global one.
+            callback: called as callback(step, steps, x) after every step.
+
+        Raises:
+            UsageError: unknown sampler, steps out of range, label outside the classes, guidance of a
+                model trained without label dropout.
+        """
+        sampler = sampler or next(iter(self.SAMPLERS))
+        if sampler not in self.SAMPLERS:
+            raise UsageError(f"sampler: unknown {sampler!r}; {type(self).__name__} has {', '.join(self.SAMPLERS)}")
+        self.check_labels(labels)
+        if noise is None:
+            noise = torch.randn(len(labels), *self.img_shape, device=labels.device, generator=generator)
+        run = getattr(self, self.SAMPLERS[sampler])
+        x = run(noise, labels, steps, guidance_scale, generator, callback)
+        return self.postprocess(x)

@@ -1,0 +1,88 @@
+"""EDM: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models".
+
+The same UNet as DDPM's, preconditioned so that its input, its target and its loss have unit variance at
+every noise level. Equation and table numbers are of arXiv 2206.00364.
+"""
+
+import torch
+
+from .diffusion import Diffusion
+from .errors import UsageError
+from .samplers import heun, karras_sigmas
+
+
+class EDM(Diffusion):
+    """EDM in pixels, or in latents with `use_vae`. See Diffusion for the arguments before these:
+
+    Args:
+        sigma_data: standard deviation of the data; None starts at the paper's 0.5, and `train.py`
+            measures it (`set_sigma_data`). A buffer, kept with the weights.
+        P_mean, P_std: training draws ln(sigma) from N(P_mean, P_std^2); Table 1.
+        sigma_min, sigma_max, rho: the sampler's noise levels, eq. 5.
+
+    Training's noise levels are `timesteps` equally likely quantiles of that log-normal: t = 0 is the
+    lowest, as in DDPM, so that both take the same arguments and the same plots.
+    """
+
+    SAMPLERS = {"heun": "heun"}
+    DEFAULT_STEPS = 18
+
+    def __init__(self, img_shape=(3, 32, 32), timesteps=1000, dim=64, context_dim=64, num_classes=10,
+                 dim_mults=(1, 2, 4), attn_levels=(0, 1), use_vae=False, vae_encoder_weights=None,
+                 vae_decoder_weights=None, sigma_data=None, P_mean=-1.2, P_std=1.2, sigma_min=0.002,
+                 sigma_max=80.0, rho=7.0, **options):
+        super().__init__(img_shape, timesteps, dim, context_dim, num_classes, dim_mults, attn_levels,
+                         use_vae, vae_encoder_weights, vae_decoder_weights, **options)
+        self.measures_sigma_data = sigma_data is None
+        self.register_buffer("sigma_data", torch.tensor(0.5 if sigma_data is None else float(sigma_data)))
+        # mid-points of `timesteps` equal slices of probability
+        u = (torch.arange(timesteps, dtype=torch.float64) + 0.5) / timesteps
+        self.register_buffer("sigmas", torch.exp(P_mean + P_std * torch.special.ndtri(u)).float())
+        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
+
+    def set_sigma_data(self, std):
+        """Set sigma_data to the data's measured standard deviation, unless the config gave one."""
+        if self.measures_sigma_data:
+            self.sigma_data.fill_(std)
+
+    # ---- preconditioning
+
+    def preconditioning(self, sigma):
+        """(c_skip, c_out, c_in, c_noise) of Table 1, each the shape of sigma."""
+        var = sigma ** 2 + self.sigma_data ** 2
+        return (self.sigma_data ** 2 / var, sigma * self.sigma_data / var.sqrt(), 1 / var.sqrt(), sigma.log() / 4)
+
+    def denoise(self, x, sigma, label, guidance_scale=1.0):
+        """D(x; sigma), eq. 7: the estimate of the noiseless image.
+
+        x: B x C x H x W, image plus noise of standard deviation sigma; sigma: B or a number; label: B.
+        """
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
+        c_skip, c_out, c_in, c_noise = (c[:, None, None, None] for c in self.preconditioning(sigma))
+        # the sinusoidal embedding tells times of the order of 1000 apart; c_noise is of the order of 1
+        F_x = self.guided(c_in * x, label, 1000 * c_noise.flatten(), guidance_scale).float()
+        return c_skip * x + c_out * F_x
+
+    # ---- training
+
+    def losses(self, x_start, label, t, noise):
+        """Eq. 2 weighted by lambda(sigma) = 1 / c_out^2, for each image: B."""
+        sigma = self.sigmas.gather(0, t)
+        D_x = self.denoise(x_start + sigma[:, None, None, None] * noise, sigma, label)
+        weight = (sigma ** 2 + self.sigma_data ** 2) / (sigma * self.sigma_data) ** 2
+        return weight * (D_x - x_start).pow(2).flatten(1).mean(1)
+
+    # ---- sampling
+
+    def heun(self, x, labels, steps=None, guidance_scale=1.0, generator=None, callback=None):
+        """Algorithm 1 from standard normal noise x to x_0, in the model's space. Deterministic."""
+        steps = self.DEFAULT_STEPS if steps is None else steps
+        if steps < 1:
+            raise UsageError(f"steps: {steps} is too few; 1 is the least")
+        sigmas = karras_sigmas(steps, self.sigma_min, self.sigma_max, self.rho)
+        return heun(lambda x, sigma: self.denoise(x, sigma, labels, guidance_scale),
+                    x * float(sigmas[0]), sigmas, callback)
+
+    def p_sample_loop(self, labels, **options):
+        """Draw one image per label, B -> B x C x H x W in [0, 1]. Options: `steps` and those of `sample`."""
+        return self.sample(labels, **options)

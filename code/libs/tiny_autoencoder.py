@@ -1,0 +1,101 @@
+"""TAESD, the tiny autoencoder for Stable Diffusion's latents (github.com/madebyollin/taesd, MIT).
+
+The modules' names are those of the official weight files. Images in [0, 1], latents about in [-3, 3].
+"""
+
+import os
+import pickle
+
+import torch
+from torch import nn
+
+from .errors import UsageError
+
+LATENT_CHANNELS = 4
+DOWNSCALE = 8
+
+
+def conv(c_in, c_out, **options):
+    return nn.Conv2d(c_in, c_out, 3, padding=1, **options)
+
+
+class Clamp(nn.Module):
+    """Squash latents softly into (-3, 3)."""
+
+    def forward(self, x):
+        return torch.tanh(x / 3) * 3
+
+
+class Block(nn.Module):
+    """Three convolutions and a skip. B x C x H x W -> the same shape."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Sequential(conv(channels, channels), nn.ReLU(), conv(channels, channels), nn.ReLU(),
+                                  conv(channels, channels))
+        self.fuse = nn.ReLU()
+
+    def forward(self, x):
+        return self.fuse(self.conv(x) + x)
+
+
+def build_encoder(channels=64):
+    """Images B x 3 x H x W in [0, 1] -> latents B x 4 x H/8 x W/8."""
+    layers = [conv(3, channels), Block(channels)]
+    for _ in range(3):
+        layers += [conv(channels, channels, stride=2, bias=False), *(Block(channels) for _ in range(3))]
+    return nn.Sequential(*layers, conv(channels, LATENT_CHANNELS))
+
+
+def build_decoder(channels=64):
+    """Latents B x 4 x H/8 x W/8 -> images B x 3 x H x W, about in [0, 1]."""
+    layers = [Clamp(), conv(LATENT_CHANNELS, channels), nn.ReLU()]
+    for _ in range(3):
+        layers += [*(Block(channels) for _ in range(3)), nn.Upsample(scale_factor=2),
+                   conv(channels, channels, bias=False)]
+    return nn.Sequential(*layers, Block(channels), conv(channels, 3))
+
+
+def load_weights(module, path, key):
+    """Load a weight file into `module`, strictly. `key` is the config's name for it.
+
+    Raises UsageError when the file is missing, is no plain state dict, or is another network's.
+    """
+    if not os.path.isfile(path):
+        raise UsageError(f"{key}: no file {path}; run `sh ./download_dataset.sh taesd` to fetch TAESD's weights")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        raise UsageError(f"{key}: {path} is no file of plain weights ({str(e).splitlines()[0][:100]})") from None
+    own = module.state_dict()
+    if not isinstance(state, dict) or state.keys() != own.keys() or any(
+            getattr(state[k], "shape", None) != v.shape for k, v in own.items()):
+        raise UsageError(f"{key}: {path} does not hold the weights of this part of TAESD")
+    module.load_state_dict(state)
+
+
+class TAESD(nn.Module):
+    """The frozen autoencoder: `.encoder(images)` and `.decoder(latents)`.
+
+    A path of None leaves that half's weights random. The module is in eval mode and takes no gradient.
+    """
+
+    def __init__(self, encoder_path=None, decoder_path=None):
+        super().__init__()
+        self.encoder, self.decoder = build_encoder(), build_decoder()
+        if encoder_path is not None:
+            load_weights(self.encoder, encoder_path, "model.vae_encoder_weights")
+        if decoder_path is not None:
+            load_weights(self.decoder, decoder_path, "model.vae_decoder_weights")
+        self.requires_grad_(False).eval()
+
+    @staticmethod
+    def latent_shape(img_shape):
+        """(3, H, W) -> (4, H/8, W/8). Raises UsageError when 8 does not divide H and W."""
+        channels, height, width = img_shape
+        if channels != 3 or height % DOWNSCALE or width % DOWNSCALE:
+            raise UsageError(
+                f"model.img_shape: the autoencoder takes 3 x H x W with H and W multiples of {DOWNSCALE}, "
+                f"not {channels} x {height} x {width}"
+            )
+        return LATENT_CHANNELS, height // DOWNSCALE, width // DOWNSCALE

@@ -1,0 +1,130 @@
+"""What training needs beside the model: averages, the optimizer, the learning rate, precision."""
+
+import copy
+import math
+
+import torch
+
+
+class ModelEMA:
+    """Exponential moving average of a model's weights, in `.module`.
+
+    The decay rises to `decay` as (1 + n) / (10 + n) with the number of updates n, so that the first,
+    random weights are soon forgotten. An autoencoder (`.vae`) is shared, not copied.
+    """
+
+    def __init__(self, model, decay=0.999):
+        vae = getattr(model, "vae", None)
+        self.module = copy.deepcopy(model, {id(vae): vae} if vae is not None else None).eval()
+        self.module.requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model):
+        """Move the average towards `model` after one more update."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        ours, theirs = list(self.module.model.parameters()), list(model.model.parameters())
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        for own, new in zip(self.module.buffers(), model.buffers()):
+            own.copy_(new)
+
+
+class AverageMeter:
+    """Average of what was seen since the last reset; tensors stay on their device until `.avg` is read."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.val = self.sum = self.count = 0
+
+    def update(self, val, n=1):
+        self.val = val
+        self.sum = self.sum + val * n
+        self.count += n
+
+    @property
+    def avg(self):
+        return float(self.sum) / max(self.count, 1)
+
+
+class TenthsMeter:
+    """Average loss in each tenth of the diffusion time, where a mean over all of it hides what happens."""
+
+    def __init__(self, timesteps, device):
+        self.timesteps = timesteps
+        self.sum = torch.zeros(10, device=device)
+        self.count = torch.zeros(10, device=device)
+
+    def update(self, losses, t):
+        tenth = t * 10 // self.timesteps
+        self.sum.index_add_(0, tenth, losses)
+        self.count.index_add_(0, tenth, torch.ones_like(losses))
+
+    def read(self):
+        """Ten averages, NaN where nothing was seen; then start again."""
+        averages = (self.sum / self.count).tolist()
+        self.sum.zero_()
+        self.count.zero_()
+        return averages
+
+
+@torch.no_grad()
+def measure_data(model, dataset, device, n=512):
+    """Mean and standard deviation of what the model diffuses, and the autoencoder's PSNR in dB (None in pixels).
+
+    Over `n` images spread over the data set. EDM takes its sigma_data from this.
+    """
+    index = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long()
+    data, squared_error = [], []
+    for part in index.split(32):
+        images, _ = dataset.batch(part, torch.Generator().manual_seed(0))
+        images = images.to(device)
+        data.append(model.encode(images))
+        if model.use_vae:
+            squared_error.append((model.postprocess(data[-1]) - images).pow(2).mean())
+    std, mean = torch.std_mean(torch.cat(data))
+    if hasattr(model, "set_sigma_data"):
+        model.set_sigma_data(float(std))
+    psnr = -10 * math.log10(float(torch.stack(squared_error).mean())) if squared_error else None
+    return float(mean), float(std), psnr
+
+
+def build_optimizer(model, cfg, device):
+    """AdamW over the UNet's weights; one fused kernel where there is one."""
+    return torch.optim.AdamW(model.model.parameters(), lr=cfg["lr"], betas=cfg["betas"],
+                             weight_decay=cfg["weight_decay"], fused=device.type in ("cpu", "cuda"))
+
+
+def learning_rate(step, cfg, total_steps):
+    """Learning rate of update `step` (from 0): warm-up, then constant, cosine or linear down to zero."""
+    warm = min(1.0, (step + 1) / (cfg["warmup"] + 1))
+    left = 1 - step / total_steps
+    decay = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}
+    return cfg["lr"] * warm * decay[cfg["lr_schedule"]]
+
+
+def pick_device(names):
+    """The first of the config's devices, or the best there is when it is missing. Says so in one line."""
+    wanted = names[0]
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+        return device
+    except (RuntimeError, AssertionError):
+        found = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        print(f"devices: {wanted} is not here; using {found.type}", flush=True)
+        return found
+
+
+def pick_precision(name, device):
+    """The dtype of autocast, or None for plain fp32. See DEFAULTS["dtype"]."""
+    if device.type != "cuda":
+        if name == "fp16":
+            print(f"dtype: fp16 is for CUDA; using fp32 on {device.type}", flush=True)
+        return torch.bfloat16 if name == "bf16" and device.type == "cpu" else None
+    if name == "auto":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]

@@ -1,0 +1,264 @@
+"""zip_submission.py as a user runs it, on small made-up projects."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "zip_submission.py"
+FILES = {
+    "README.md": "read me",
+    "requirements.txt": "torch",
+    "download_dataset.sh": "echo",
+    "code/train.py": '#!/usr/bin/env python3\n"""Run it."""\nDATA = "../data"\n',
+    "code/libs/unet.py": "x = 1 / 2\n",
+    "configs/mnist.yaml": "output_folder: ../logs\n",
+    "writeup/report.pdf": "%PDF-1.7",
+    "results/samples.png": "a picture",
+}
+PACKED = {
+    "README.md", "requirements.txt", "code/train.py", "code/libs/unet.py", "code/configs/mnist.yaml",
+    "writeup/report.pdf", "results/samples.png",
+}
+
+
+def put(root, files):
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@pytest.fixture
+def project(tmp_path):
+    root = tmp_path / "my project"
+    root.mkdir()
+    shutil.copy(SCRIPT, root)
+    put(root, FILES)
+    try:
+        (root / "code/configs").symlink_to("../configs")
+    except OSError:  # Windows without the right to make links: what git puts there
+        put(root, {"code/configs": "../configs"})
+    return root
+
+
+def run(project, *arguments):
+    return subprocess.run(  # from another folder: where it is started must not matter
+        [sys.executable, str(project / "zip_submission.py"), *map(str, arguments)],
+        cwd=project.parent, capture_output=True, text=True, timeout=60,
+    )
+
+
+def content(path):
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        return {info.filename: archive.read(info) for info in archive.infolist()}
+
+
+def refused(project, *arguments):
+    """The reasons, after a check that nothing was written."""
+    before = sorted(project.rglob("*"))
+    result = run(project, *arguments)
+    assert result.returncode == 2 and result.stdout == "" and sorted(project.rglob("*")) == before
+    lines = result.stderr.splitlines()
+    prefix = "zip_submission.py: error: "
+    assert lines and all(line.startswith(prefix) for line in lines), result.stderr
+    return [line[len(prefix):] for line in lines]
+
+
+def test_the_three_folders_with_the_configs(project):
+    result = run(project)
+    assert result.returncode == 0, result.stderr
+    packed = content(project / "submission.zip")
+    assert set(packed) == PACKED
+    assert packed["code/configs/mnist.yaml"] == b"output_folder: ../logs\n"  # the file, not the link
+    assert packed["code/train.py"] == FILES["code/train.py"].encode()
+    assert "packed    code: 3 file(s)" in result.stdout and "7 files" in result.stdout.splitlines()[-1]
+    assert not list(project.glob(".submission*"))
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "folder"])
+def test_configs_without_a_link(project, kind):
+    link = project / "code/configs"
+    link.unlink()
+    if kind == "text":
+        link.write_text("../configs")
+    if kind == "folder":
+        put(project, {"code/configs/own.yaml": "lr: 1"})
+    assert run(project).returncode == 0
+    configs = {"code/configs/own.yaml"} if kind == "folder" else {"code/configs/mnist.yaml"}
+    names = set(content(project / "submission.zip"))
+    assert names == PACKED - {"code/configs/mnist.yaml"} | configs
+
+
+def test_what_stays_behind_is_listed(project):
+    stays = {
+        "code/libs/__pycache__/unet.pyc": "cache",
+        "code/.ipynb_checkpoints/a.py": "hidden",
+        "code/.env": "hidden",
+        "code/data/mnist.gz": "no data, logs or models",
+        "results/logs/log.txt": "no data, logs or models",
+        "results/models/a.bin": "no data, logs or models",
+        "results/final.pth.tar": "weights",
+        "results/a.pt": "weights",
+        "results/b.safetensors": "weights",
+        "results/events.out.tfevents.17.host": "training log",
+        "results/big.npz": "array over 1 MB",
+    }
+    put(project, {name: bytes(1_100_000 if "big" in name else 1) for name in stays})
+    put(project, {"logs/run/model.pth.tar": "x", "data/afhq/a.png": "x", "tests/test_a.py": "'/a/b/'"})
+    put(project, {"results/small.npz": "x", "code/libs/models/__init__.py": "", "code/libs/models/unet.py": ""})
+    result = run(project)
+    assert result.returncode == 0, result.stderr
+    kept = {"results/small.npz", "code/libs/models/__init__.py", "code/libs/models/unet.py"}
+    assert set(content(project / "submission.zip")) == PACKED | kept
+    listed = [line for line in result.stdout.splitlines() if line.startswith("left out")]
+    assert len(listed) == len(stays)
+    for name, why in stays.items():
+        shown = name if "left out  " + name in result.stdout else name.rpartition("/")[0]
+        assert any(line.startswith(f"left out  {shown} (") and why in line for line in listed), name
+
+
+def test_links_are_followed_for_files_only(project):
+    put(project, {"elsewhere/curve.png": "a curve"})
+    try:
+        (project / "results/curve.png").symlink_to("../elsewhere/curve.png")
+    except OSError:
+        pytest.skip("no right to make links")
+    (project / "results/all").symlink_to("../elsewhere")
+    (project / "results/dead.png").symlink_to("nowhere")
+    result = run(project)
+    packed = content(project / "submission.zip")
+    assert set(packed) == PACKED | {"results/curve.png"} and packed["results/curve.png"] == b"a curve"
+    assert "results/all (link to a folder)" in result.stdout and "results/dead.png (dead link)" in result.stdout
+
+
+@pytest.mark.parametrize("folder", ["logs/run", "results"])
+def test_one_model(project, folder):
+    put(project, {f"{folder}/final.pth.tar": "weights", "results/other.pth.tar": "weights"})
+    assert run(project, "--model", project / folder / "final.pth.tar").returncode == 0
+    packed = content(project / "submission.zip")
+    assert set(packed) == PACKED | {"results/model/final.pth.tar"}
+    assert packed["results/model/final.pth.tar"] == b"weights"
+
+
+def test_a_model_that_is_not_there(project):
+    assert refused(project, "--model", "none.pth") == ["--model none.pth: no such file"]
+
+
+def test_overwriting_has_to_be_asked_for(project):
+    out = project / "results/mine.zip"
+    assert run(project, "--output", out).returncode == 0 and set(content(out)) == PACKED
+    (reason,) = refused(project, "--output", out)
+    assert reason == f"{out} is there already: --overwrite replaces it"
+    put(project, {"results/new.txt": "new"})
+    assert run(project, "--output", out, "--overwrite").returncode == 0
+    assert set(content(out)) == PACKED | {"results/new.txt"}  # and not the old zip
+    assert "must be a file in a folder that exists" in refused(project, "--output", project / "no/x.zip")[0]
+
+
+@pytest.mark.parametrize(
+    "name, text, line, path",
+    [
+        ("code/a.py", 'x = 1\ny = "/user/classes/proj1"\n', 2, "/user/classes/proj1"),
+        ("code/a.py", "f(\n  a,\n  root='~/data')\n", 3, "~/data"),
+        ("code/a.py", "x = r'C:\\data\\x'\n", 1, r"C:\data\x"),
+        ("code/a.py", "x = 'D:/data'\n", 1, "D:/data"),
+        ("code/a.py", "x = f'/home/{user}/data'\n", 1, "/home/"),
+        ("code/a.py", "x = '/scratch/' + name\n", 1, "/scratch/"),
+        ("code/a.py", "x = 'file:///home/me/x'\n", 1, "file:///home/me/x"),
+        ("configs/a.yaml", "lr: 1\nd:\n  folder: /data/afhq  # mine\n", 3, "/data/afhq"),
+        ("configs/a.yaml", 'a: [x, "/data"]\n', 1, "/data"),
+        ("configs/a.yaml", "a: ~/data\n", 1, "~/data"),
+        ("configs/a.yaml", "a: C:\\data\n", 1, r"C:\data"),
+        ("code/run.sh", "#!/bin/sh\ncd /home/me/code\n", 2, "/home/me/code"),
+        ("code/run.sh", 'D="/home/me"\n', 1, "/home/me"),
+        ("code/run.sh", "P=$P:/opt/bin\n", 1, "/opt/bin"),
+    ],
+)
+def test_absolute_paths_are_named(project, name, text, line, path):
+    put(project, {name: text})
+    assert refused(project) == [f"{name}:{line}: absolute path {path!r}: use one relative to code/"]
+
+
+def test_every_absolute_path_is_named(project):
+    put(project, {"code/a.py": "x = '/a/b'\ny = '/c/d'\n", "configs/a.yaml": "e: /f\n"})
+    assert [reason.split(": ")[0] for reason in refused(project)] == ["code/a.py:1", "code/a.py:2", "configs/a.yaml:1"]
+
+
+def test_what_only_looks_like_an_absolute_path(project):
+    put(
+        project,
+        {
+            "code/a.py": "\n".join(
+                [
+                    "#!/usr/bin/env python3",
+                    '"""Not /user/classes/proj1."""',
+                    "# cd /home/me/code",
+                    'a = ["https://host/a/b", "a/b", "/", "/name", "../data/x", "./x", "/dev/null", "/proc/self/status"]',
+                    r'b = [r"/\w+/[a-z]/", r"\d:/", "1:/", "~", "key: /", "http://h:80/x"]',
+                    'c = a + "/b/c" + f"{a}/b/c"',
+                ]
+            ),
+            "configs/a.yaml": "# /data/x\nurl: https://host/a/b\nratio: 9/8\ncsv: a/b/c\nout: ../logs\nx: ~\ny: 1e-4 # /a/b\n",
+            "code/run.sh": '#!/bin/sh\ncd "$(dirname "$0")"/../x || exit\nls $HOME/x "${A}/b" a/b >/dev/null 2>/dev/null\n'
+            "sed -n '/from/,/to/p' x; curl https://host/a\n",
+            "writeup/report.tex": "/home/me/x",
+            "results/notes.sh": "cd /home/me",
+        },
+    )
+    assert run(project).returncode == 0, run(project).stderr
+    assert len(content(project / "submission.zip")) == len(PACKED) + 5
+
+
+def test_code_that_cannot_be_read(project):
+    put(project, {"code/a.py": "x = 1\nif x\n"})
+    assert refused(project)[0].startswith("code/a.py:2: cannot be read")
+
+
+@pytest.mark.parametrize("folder", ["code", "writeup", "results"])
+def test_a_missing_folder(project, folder):
+    shutil.rmtree(project / folder)
+    assert refused(project) == [f"{folder}/ is missing: the zip must hold it as {folder}/"]
+
+
+def test_missing_contents(project):
+    (project / "results/samples.png").rename(project / "results/samples.pt")
+    assert refused(project) == ["results/ holds no file to hand in"]
+    put(project, {"writeup/report.pdf": "\\documentclass"})
+    assert refused(project) == ["writeup/*.pdf: no PDF there, the report must be one"]
+    (project / "writeup/report.pdf").unlink()
+    assert refused(project) == ["writeup/*.pdf: no PDF there, the report must be one"]
+    shutil.rmtree(project / "configs")
+    assert refused(project) == ["configs/ is missing: the zip must hold it as code/configs/"]
+
+
+def test_a_zip_over_50_mb(project):
+    import random
+
+    put(project, {"results/noise.bin": random.Random(0).randbytes(50_100_000)})
+    (reason,) = refused(project)
+    assert reason.startswith("submission.zip would have 50.1 MB, over 50 MB; the largest file is results/noise.bin (50.1 MB)")
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="such names cannot be made here")
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("results/epoch_12:30.png", "'results/epoch_12:30.png': the name 'epoch_12:30.png' is not allowed on Windows"),
+        ("results/what?/a.png", "the name 'what?' is not allowed"),
+        ("results/a\\b.png", "is not allowed"),
+        ("results/a.", "the name 'a.' is not allowed"),
+        ("results/a ", "the name 'a ' is not allowed"),
+        ("results/aux.txt", "the name 'aux.txt' is not allowed"),
+        ("code/CON", "the name 'CON' is not allowed"),
+        ("results/Samples.png", "'results/samples.png' and 'results/Samples.png' are one file on Windows and macOS"),
+    ],
+)
+def test_names_that_other_systems_lack(project, name, reason):
+    put(project, {name: "x"})
+    (found,) = refused(project)
+    assert reason in found

@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""Pack code/, writeup/ and results/ into one zip, and refuse what the course does not accept."""
+
+import argparse
+import ast
+import os
+import re
+import sys
+import unicodedata
+import warnings
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+FOLDERS = ("code", "writeup", "results")
+TOP_FILES = ("README.md", "requirements.txt")
+LIMIT = 50e6  # bytes
+
+LEFT_OUT_FOLDERS = {"data", "logs", "models", "checkpoints"}
+WEIGHTS = (".pth.tar", ".pth", ".pt", ".ckpt", ".safetensors")
+ARRAYS, ARRAY_LIMIT = (".npz", ".npy"), 1e6  # small ones are results, large ones are data
+
+# An absolute path: /name/, ~/ or C:\, but not what is the same on every Linux machine.
+SYSTEM = r"(?!/(?:dev|proc|sys)/)"
+IN_PYTHON = re.compile(rf"(?:file://)?(?:{SYSTEM}/[\w.-]+/|~\w*/|[A-Za-z]:[\\/])")
+# In other text it starts a value; "https://...", "a/b" and "$HOME/x" have something else before the slash.
+IN_TEXT = re.compile(rf"(?:^|[\s=:,\[({{<>|])['\"]?((?:file://)?(?:{SYSTEM}/\w|~\w*/|\b[A-Za-z]:[\\/])[^\s'\",\])}}]*)")
+TEXT_SUFFIXES = {".yaml", ".yml", ".json", ".toml", ".sh"}
+RESERVED = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.I)
+
+
+class Refused(Exception):
+    """One or more reasons, one line each."""
+
+
+def python_paths(source):
+    """(line, string) for every string literal that starts like an absolute path."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tree = ast.parse(source)
+    tails = set()  # what follows something else: the "/b/c" of a + "/b/c" and of f"{a}/b/c"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            tails.add(node.right)
+        elif isinstance(node, ast.JoinedStr):
+            tails.update(node.values[1:])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in tails:
+            if IN_PYTHON.match(node.value):
+                yield node.lineno, node.value
+
+
+def text_paths(source, suffix):
+    for number, line in enumerate(source.splitlines(), 1):
+        if suffix != ".json":
+            line = re.sub(r"(^|\s)#.*", "", line)  # comments, and with them the shebang line
+        if suffix == ".sh":
+            line = re.sub(r"\b(?:sed|awk|grep)\b.*?(['\"]).*?\1", "", line)  # their /patterns/
+        for match in IN_TEXT.finditer(line):
+            yield number, match[1]
+
+
+def absolute_paths(path):
+    suffix, shown = path.suffix.lower(), path.relative_to(ROOT).as_posix()
+    try:
+        if suffix == ".py":
+            found = list(python_paths(path.read_bytes()))
+        elif suffix in TEXT_SUFFIXES:
+            found = list(text_paths(path.read_text("utf-8"), suffix))
+        else:
+            return []
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None) or 1
+        return [f"{shown}:{line}: cannot be read ({getattr(error, 'msg', error)}): mend it first"]
+    return [f"{shown}:{line}: absolute path {text!r}: use one relative to code/" for line, text in found]
+
+
+def why_left_out(path):
+    name = path.name.lower()
+    if name.startswith("."):
+        return "hidden"
+    if path.is_dir():
+        if name == "__pycache__":
+            return "cache"
+        # a folder of Python modules may well be called data or models
+        if name in LEFT_OUT_FOLDERS and not any(path.glob("*.py")):
+            return "the course wants no data, logs or models"
+        return "link to a folder" if path.is_symlink() else None
+    if not path.is_file():
+        return "dead link" if path.is_symlink() else "no regular file"
+    if name.endswith(WEIGHTS):
+        return "weights; --model puts one in"
+    if ".tfevents." in name:
+        return "training log"
+    if name.endswith(ARRAYS) and path.stat().st_size > ARRAY_LIMIT:
+        return "array over 1 MB"
+    return None
+
+
+def collect(folder, arcname, files, left_out):
+    """Add to files {name in the zip: path} what folder holds, to left_out [(path, why)] what stays behind."""
+    for path in sorted(folder.iterdir()):
+        name = f"{arcname}/{path.name}"
+        if name == "code/configs" and (path.is_symlink() or path.is_file()):
+            continue  # the link to ../configs, or the text file that it is on Windows
+        why = why_left_out(path)
+        if why:
+            left_out.append((path, why))
+        elif path.is_dir():
+            collect(path, name, files, left_out)
+        else:
+            files[name] = path
+
+
+def gather():
+    files, left_out = {}, []
+    sources = {name: ROOT / name for name in FOLDERS}
+    if not (ROOT / "code/configs").is_dir() or (ROOT / "code/configs").is_symlink():
+        sources["code/configs"] = ROOT / "configs"
+    for name, folder in sources.items():
+        if not folder.is_dir():
+            raise Refused(f"{folder.name}/ is missing: the zip must hold it as {name}/")
+        collect(folder, name, files, left_out)
+    files.update({name: ROOT / name for name in TOP_FILES if (ROOT / name).is_file()})
+    return files, left_out
+
+
+def check(files):
+    pdfs = [path for name, path in files.items() if re.fullmatch(r"writeup/[^/]+\.pdf", name, re.I)]
+    if not any(path.read_bytes().startswith(b"%PDF") for path in pdfs):
+        raise Refused("writeup/*.pdf: no PDF there, the report must be one")
+    wrong, seen = [], {}
+    for name in FOLDERS:
+        if not any(each.startswith(name + "/") for each in files):
+            wrong.append(f"{name}/ holds no file to hand in")
+    for name, path in files.items():
+        for part in name.split("/"):
+            if re.search(r'[<>:"|?*\\\x00-\x1f]|[. ]$', part) or RESERVED.fullmatch(part):
+                wrong.append(f"{name!r}: the name {part!r} is not allowed on Windows: rename it")
+        twin = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if twin != name:
+            wrong.append(f"{name!r} and {twin!r} are one file on Windows and macOS: rename one")
+        if name.startswith("code/"):
+            wrong += absolute_paths(path)
+    if wrong:
+        raise Refused(*wrong)
+
+
+def write(files, output):
+    """Under another name first: the zip is there whole or not at all."""
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        with zipfile.ZipFile(temporary, "x", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+            for name, path in sorted(files.items()):
+                archive.write(path, name)
+        size = temporary.stat().st_size
+        if size > LIMIT:
+            largest = max(archive.infolist(), key=lambda info: info.compress_size)
+            raise Refused(f"{output.name} would have {size / 1e6:.1f} MB, over {LIMIT / 1e6:.0f} MB; the largest "
+                          f"file is {largest.filename} ({largest.compress_size / 1e6:.1f} MB): leave something out")
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return size
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, metavar="PATH", help="also pack this trained model, as results/model/NAME")
+    parser.add_argument("--output", type=Path, metavar="PATH", default=ROOT / "submission.zip",
+                        help="default: submission.zip beside this script")
+    parser.add_argument("--overwrite", action="store_true", help="replace the zip if it is there")
+    args = parser.parse_args()
+
+    if args.output.is_dir() or not args.output.parent.is_dir():
+        raise Refused(f"--output {args.output}: must be a file in a folder that exists")
+    if args.output.exists() and not args.overwrite:
+        raise Refused(f"{args.output} is there already: --overwrite replaces it")
+    files, left_out = gather()
+    files = {name: path for name, path in files.items() if path.resolve() != args.output.resolve()}
+    if args.model:
+        if not args.model.is_file():
+            raise Refused(f"--model {args.model}: no such file")
+        files[f"results/model/{args.model.name}"] = args.model
+        left_out = [(path, why) for path, why in left_out if path.resolve() != args.model.resolve()]
+    check(files)
+    size = write(files, args.output)
+
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters that a file name has
+    for path, why in left_out:
+        print(f"left out  {path.relative_to(ROOT).as_posix()} ({why})")
+    for top in (*FOLDERS, *TOP_FILES):
+        sizes = [path.stat().st_size for name, path in files.items() if name.split("/")[0] == top]
+        if sizes:
+            print(f"packed    {top}: {len(sizes)} file(s), {sum(sizes) / 1e6:.2f} MB")
+    print(f"wrote {args.output}: {len(files)} files, {size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Refused as refused:
+        for reason in refused.args:
+            print(f"zip_submission.py: error: {reason}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        sys.exit(f"zip_submission.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
