@@ -3,8 +3,6 @@
 import argparse
 import math
 import os
-import resource
-import signal
 import sys
 import time
 
@@ -15,13 +13,14 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import libs
-from libs.checkpoint import checkpoint_name, find_checkpoint, remove_old_checkpoints, save_checkpoint
+from libs.checkpoint import (check_resumable, checkpoint_name, find_checkpoint, remove_old_checkpoints,
+                             save_checkpoint)
 from libs.config import portable
 from libs.errors import RunError, UsageError, run
 from libs.models import load_weights
 from libs.seeds import rng_state, seed_everything, seeded_generator, set_rng_state
-from libs.training import (AverageMeter, ModelEMA, TenthsMeter, build_optimizer, learning_rate, measure_data,
-                           pick_device, pick_precision)
+from libs.training import (AverageMeter, ModelEMA, Signals, TenthsMeter, build_optimizer, learning_rate,
+                           measure_data, peak_memory, pick_device, pick_precision)
 
 
 def parse_args():
@@ -45,37 +44,6 @@ def parse_args():
     return args
 
 
-class Signals:
-    """Ctrl-C and SIGTERM are noted and obeyed between two updates; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.received = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        self.received = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nstopping: a checkpoint is written first", flush=True)
-
-
-def check_resumable(config, state, path):
-    """Refuse a checkpoint of another model, or one in the middle of an epoch of other batches."""
-    old = state["config"]
-    for key, value in portable(config)["model"].items():
-        if not key.startswith("vae_") and key in old["model"] and old["model"][key] != value:
-            raise UsageError(f"--resume: {path} is of another architecture: "
-                             f"model.{key} is {old['model'][key]} there and {value} in the config")
-    if state["batch"]:
-        for section, key in (("loader", "batch_size"), ("dataset", "name"), ("dataset", "img_size")):
-            if old[section][key] != config[section][key]:
-                raise UsageError(f"--resume: {path} is from the middle of an epoch with {section}.{key} "
-                                 f"{old[section][key]}; the config has {config[section][key]}")
-    for key, value in config["train_cfg"].items():
-        if old["train_cfg"].get(key, value) != value:
-            print(f"train_cfg.{key}: {old['train_cfg'][key]} until now, {value} from here on")
-
-
 def draw(model, config, step, n, device):
     """Noise level, noise and hidden labels of update `step`: a function of (seed, step) alone."""
     generator = seeded_generator(config["seed"], "noise", step, device=device)
@@ -97,13 +65,6 @@ def sample_grid(model, config, device):
               for lab, z in zip(labels.split(100), noise.split(100))]
     model.train(training)
     return make_grid(torch.cat(images), nrow=per_class, padding=1)
-
-
-def peak_memory(device):
-    """Bytes: allocated on the GPU, or held by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main():

@@ -114,3 +114,23 @@ def find_checkpoint(path):
         except UsageError as e:
             print(f"{e}; trying the one before it", flush=True)
     raise UsageError(f"--resume: no whole checkpoint (epoch_*.pth.tar) in {path}")
+
+
+def check_resumable(config, state, path):
+    """Refuse to resume another model, or in the middle of an epoch of other batches; name changed settings."""
+    old = state["config"]
+    same = {"model_name": (old["model_name"], config["model_name"])}
+    same |= {f"model.{k}": (old["model"].get(k, v), v) for k, v in config["model"].items()
+             if not k.startswith("vae_") and v is not None}
+    for key, (there, here) in same.items():
+        if there != here:
+            raise UsageError(f"--resume: {path} is of another architecture: "
+                             f"{key} is {there} there and {here} in the config")
+    if state["batch"]:
+        for section, key in (("loader", "batch_size"), ("dataset", "name"), ("dataset", "img_size")):
+            if old[section][key] != config[section][key]:
+                raise UsageError(f"--resume: {path} is from the middle of an epoch with {section}.{key} "
+                                 f"{old[section][key]}; the config has {config[section][key]}")
+    for key, value in config["train_cfg"].items():
+        if old["train_cfg"].get(key, value) != value:
+            print(f"train_cfg.{key}: {old['train_cfg'][key]} until now, {value} from here on")

@@ -17,6 +17,11 @@ def seeded_generator(*key, device="cpu"):
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def image_noise(seed, numbers, shape):
+    """Starting noise of the images with these numbers, N x *shape: image k has the same in any batch."""
+    return torch.stack([torch.randn(shape, generator=seeded_generator(seed, "image", int(k))) for k in numbers])
+
+
 def seed_everything(seed):
     """Seed the global generators: Python's, NumPy's, torch's on every device."""
     random.seed(seed)

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import signal
+import sys
 
 import torch
 
@@ -128,3 +130,28 @@ def pick_precision(name, device):
     if name == "auto":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
+
+
+def peak_memory(device):
+    """Bytes: allocated on the GPU, or held by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Signals:
+    """Ctrl-C and SIGTERM are noted and obeyed between two updates; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.received = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        self.received = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping: a checkpoint is written first", flush=True)
