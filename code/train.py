@@ -106,7 +106,7 @@ def main():
     print(f"run folder: {os.path.relpath(folder)}", flush=True)
     if args.dry_run:
         return
-    model.to(device)
+    model.to(device, memory_format=torch.channels_last)  # what the convolutions of CPU and GPU are fastest in
     dataset.to(device)
     mean, std, psnr = measure_data(model, dataset, device)
     what = f"latents (autoencoder {psnr:.1f} dB PSNR)" if psnr else "pixels"
