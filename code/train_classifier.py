@@ -51,7 +51,7 @@ def train(args, path):
     train_set, test = (build_dataset("MNIST", s, args.data_folder)[0].to(device) for s in ("train", "test"))
     images, labels = train_set.images[:args.limit], train_set.labels[:args.limit]
     print(f"Training on {len(images)} digits for {args.epochs} epochs on {device}, then writing {args.output}.\n"
-          "On two CPU cores an epoch takes about 30 s, half of that with --bf16; Ctrl-C leaves nothing behind.")
+          "On two CPU cores an epoch takes about a minute, half of that with --bf16; Ctrl-C leaves nothing behind.")
 
     model = DigitClassifier().to(device, memory_format=torch.channels_last)
     steps = math.ceil(len(images) / BATCH)
