@@ -11,8 +11,9 @@ import time
 import torch
 
 import libs
+from cli import Parser, positive, run
 from libs import blocks
-from libs.errors import RunError, UsageError, run
+from libs.errors import RunError
 from libs.training import build_optimizer, peak_memory, pick_device, pick_precision
 
 KINDS = ("written out", "fused")
@@ -52,16 +53,13 @@ def measure(config, kind, updates):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("config", nargs="?", default="./configs/mnist.yaml")
-    parser.add_argument("--updates", type=int, default=4, help="timed updates a round (default 4)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, the two kinds in turn (default 3)")
+    parser.add_argument("--updates", type=positive, default=4, help="timed updates a round (default 4)")
+    parser.add_argument("--rounds", type=positive, default=3, help="rounds, the two kinds in turn (default 3)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)  # how the script calls itself
     args = parser.parse_args()
-    for flag in ("updates", "rounds"):
-        if getattr(args, flag) < 1:
-            raise UsageError(f"--{flag}: {getattr(args, flag)} is too few; 1 is the least")
     config = libs.load_config(args.config, args.set)
     config["model"]["num_classes"] = config["model"]["num_classes"] or 10
     if args.one:

@@ -3,38 +3,34 @@
 python ./evaluate.py ../pretrained/mnist_cpu.pth.tar --num 1000
 """
 
-import argparse
 import json
-import os
 import time
 
 import torch
 from tqdm import tqdm
 
 import libs
+from cli import Parser, check_output, positive, run
 from libs.classifier import file_hash, load_classifier
-from libs.errors import UsageError, run
+from libs.errors import UsageError
 from libs.training import pick_device
 from sample import draw_images
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint of train.py, of an MNIST model")
-    parser.add_argument("--num", type=int, default=1000, help="images to draw, the classes in turn (default 1000)")
-    parser.add_argument("--steps", type=int, default=None, help="sampler steps; the config's if not given")
+    parser.add_argument("--num", type=positive, default=1000, help="images to draw, the classes in turn (default 1000)")
+    parser.add_argument("--steps", type=positive, default=None, help="sampler steps; the config's if not given")
     parser.add_argument("--guidance-scale", type=float, default=None, help="the config's if not given")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=200)
+    parser.add_argument("--batch-size", type=positive, default=200)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--output", default="", metavar="FILE", help="also write the figures as JSON")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     args = parser.parse_args()
-    for flag in ("num", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise UsageError(f"--{flag.replace('_', '-')}: {getattr(args, flag)} is too few; 1 is the least")
-    if args.output and os.path.exists(args.output) and not args.overwrite:
-        raise UsageError(f"--output: {args.output} exists; give another name, or --overwrite")
+    if args.output:
+        check_output(args.output, args.overwrite)
     model, config = libs.load_model(args.checkpoint)
     if config["dataset"]["name"] != "MNIST":
         raise UsageError(f"{args.checkpoint} was trained on {config['dataset']['name']}; the classifier reads MNIST alone")
@@ -62,11 +58,8 @@ def main():
     print(f"label accuracy {figures['label_accuracy']:.2%} of {args.num} images, by the classifier {file_hash()} "
           f"({classifier.test_accuracy:.2%} on the MNIST test set); {figures['seconds']:.0f} s")
     if args.output:
-        try:
-            with open(args.output, "w") as f:
-                json.dump(figures, f, indent=1)
-        except OSError as e:
-            raise UsageError(f"--output: cannot write {args.output} ({e.strerror})") from None
+        with open(args.output, "w") as f:
+            json.dump(figures, f, indent=1)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,31 @@
 """Draw images from a trained model:  python ./sample.py ../pretrained/mnist_cpu.pth.tar"""
 
-import argparse
-import os
-
 import torch
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 import libs
-from libs.errors import UsageError, run
+from cli import Parser, check_output, positive, run
+from libs.errors import UsageError
 from libs.seeds import image_noise, seeded_generator
 from libs.training import pick_device
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint of train.py")
     parser.add_argument("--labels", default="", metavar="L,L,...", help="classes to draw (default: all)")
-    parser.add_argument("--num", type=int, default=10, help="images per class, one row each (default 10)")
+    parser.add_argument("--num", type=positive, default=10, help="images per class, one row each (default 10)")
     parser.add_argument("--sampler", default=None, help="the config's if not given")
-    parser.add_argument("--steps", type=int, default=None, help="sampler steps; the config's if not given")
+    parser.add_argument("--steps", type=positive, default=None, help="sampler steps; the config's if not given")
     parser.add_argument("--guidance-scale", type=float, default=None, help="the config's if not given")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--batch-size", type=positive, default=100)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--output", default="samples.png", help="PNG file (default samples.png)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     args = parser.parse_args()
-    for flag in ("num", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise UsageError(f"--{flag.replace('_', '-')}: {getattr(args, flag)} is too few; 1 is the least")
-    if os.path.exists(args.output) and not args.overwrite:
-        raise UsageError(f"--output: {args.output} exists; give another name, or --overwrite")
+    check_output(args.output, args.overwrite)
     return args
 
 

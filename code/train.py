@@ -1,6 +1,5 @@
 """Train a diffusion model:  python ./train.py ./configs/mnist.yaml [--resume PATH]"""
 
-import argparse
 import math
 import os
 import sys
@@ -13,10 +12,11 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import libs
+from cli import Parser, positive, run
 from libs.checkpoint import (check_resumable, checkpoint_name, find_checkpoint, remove_old_checkpoints,
                              save_checkpoint)
 from libs.config import portable
-from libs.errors import RunError, UsageError, run
+from libs.errors import RunError, UsageError
 from libs.models import load_weights
 from libs.seeds import rng_state, seed_everything, seeded_generator, set_rng_state
 from libs.training import (AverageMeter, ModelEMA, Signals, TenthsMeter, build_optimizer, learning_rate,
@@ -24,11 +24,11 @@ from libs.training import (AverageMeter, ModelEMA, Signals, TenthsMeter, build_o
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("config", help="YAML file, for example ./configs/mnist.yaml")
-    parser.add_argument("-p", "--print-freq", type=int, default=100, metavar="N",
+    parser.add_argument("-p", "--print-freq", type=positive, default=100, metavar="N",
                         help="updates between two lines of the log (default 100)")
-    parser.add_argument("-c", "--ckpt-freq", type=int, default=5, metavar="N",
+    parser.add_argument("-c", "--ckpt-freq", type=positive, default=5, metavar="N",
                         help="epochs between two checkpoints, each with sample images (default 5)")
     parser.add_argument("--output", default="", metavar="NAME",
                         help="name of the run folder, <config>_NAME; the starting time if not given")
@@ -37,11 +37,7 @@ def parse_args():
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="change a setting of the config, for example --set train_cfg.epochs=5")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done; write nothing")
-    args = parser.parse_args()
-    for flag in ("print_freq", "ckpt_freq"):
-        if getattr(args, flag) < 1:
-            raise UsageError(f"--{flag.replace('_', '-')}: {getattr(args, flag)} is too few; 1 is the least")
-    return args
+    return parser.parse_args()
 
 
 def draw(model, config, step, n, device):

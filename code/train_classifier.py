@@ -1,16 +1,15 @@
 """Train the digit classifier that judges MNIST samples (libs/classifier.py): python ./train_classifier.py"""
 
-import argparse
 import math
 import os
-import sys
 import time
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from libs import RunError, UsageError, build_dataset
+from cli import Parser, check_output, positive, run
+from libs import build_dataset
 from libs.classifier import WEIGHTS, DigitClassifier, accuracy, file_hash
 from libs.seeds import seed_everything
 
@@ -28,14 +27,18 @@ def augment(x):
     return F.grid_sample(x, grid, align_corners=False)
 
 
-def main(args):
-    if os.path.exists(args.output) and not args.overwrite:
-        raise UsageError(f"--output: {args.output} exists; give another name, or --overwrite to replace it")
-    if args.epochs < 1 or args.limit < 1:
-        raise UsageError(f"--epochs {args.epochs}, --limit {args.limit}: both must be at least 1")
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--data-folder", default=os.path.relpath(DATA), help="where MNIST is, or is downloaded to")
+    parser.add_argument("--output", default=os.path.relpath(WEIGHTS), help="file to write")
+    parser.add_argument("--epochs", type=positive, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=positive, default=60000, help="use the first digits only, to try the script out")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16: fast where the processor knows it")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    args = parser.parse_args()
+    check_output(args.output, args.overwrite)
     partial = f"{args.output}.{os.getpid()}.tmp"
-    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-    open(partial, "wb").close()  # a folder that cannot be written shows now, not after the training
     try:
         report = train(args, partial)
         os.replace(partial, args.output)
@@ -85,19 +88,4 @@ def train(args, path):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.error = lambda text: parser.exit(2, f"{parser.prog}: error: {text}\n")  # one line, without the usage
-    parser.add_argument("--data-folder", default=os.path.relpath(DATA), help="where MNIST is, or is downloaded to")
-    parser.add_argument("--output", default=os.path.relpath(WEIGHTS), help="file to write")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=60000, help="use the first digits only, to try the script out")
-    parser.add_argument("--bf16", action="store_true", help="train in bfloat16: fast where the processor knows it")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    arguments = parser.parse_args()
-    try:
-        main(arguments)
-    except (UsageError, RunError, OSError, KeyboardInterrupt) as e:
-        text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e) or "interrupted; nothing written"
-        print(f"{parser.prog}: error: {text}", file=sys.stderr)
-        sys.exit(130 if isinstance(e, KeyboardInterrupt) else 1 if isinstance(e, RunError) else 2)
+    run(main)

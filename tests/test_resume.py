@@ -30,7 +30,7 @@ sample_cfg: {{steps: 2, guidance_scale: 1.5}}
 WRAPPER = """
 import os, signal, sys, torch
 sys.path.insert(0, os.getcwd())
-import libs.checkpoint, libs.training
+import cli, libs.checkpoint, libs.training
 moment, n = sys.argv[1], int(sys.argv[2])
 count = 0
 def die(number):
@@ -57,7 +57,7 @@ else:
     torch.save = half
 sys.argv = sys.argv[3:]
 import train
-libs.errors.run(train.main)
+cli.run(train.main)
 """
 
 
@@ -195,7 +195,7 @@ def test_full_disk_keeps_the_last_checkpoint(project):
     limit = ("import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
              f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2); ")
     done = subprocess.run([sys.executable, "-c", limit + "import sys, os; sys.path.insert(0, os.getcwd()); "
-                           "import train, libs.errors; libs.errors.run(train.main)", config, "-c", "1",
+                           "import cli, train; cli.run(train.main)", config, "-c", "1",
                            "--resume", str(folder)],
                           cwd=CODE, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 1

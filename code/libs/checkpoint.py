@@ -43,7 +43,6 @@ def save_checkpoint(state, is_final, file_folder, file_name="checkpoint.pth.tar"
     Whatever happens, the file under that name is whole: the old one or the new one.
     Raises RunError when the disk is full or the folder cannot be written.
     """
-    os.makedirs(file_folder, exist_ok=True)
     _write_atomically(state, os.path.join(file_folder, file_name))
     if is_final:
         model = {k: v for k, v in state.items() if k not in ("optimizer", "scaler", "rng")}
@@ -53,6 +52,7 @@ def save_checkpoint(state, is_final, file_folder, file_name="checkpoint.pth.tar"
 def _write_atomically(state, path):
     partial = f"{path}.partial"
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(partial, "wb") as f:
             torch.save(state, f)
             f.flush()
@@ -61,7 +61,9 @@ def _write_atomically(state, path):
     except (OSError, RuntimeError) as e:  # torch reports a full disk as either
         if os.path.exists(partial):
             os.remove(partial)
-        reason = str(e).splitlines()[0]
+        if not isinstance(e, OSError) and isinstance(e.__context__, OSError):
+            e = e.__context__  # "No space left on device", which torch hides behind its own words
+        reason = (str(e) or type(e).__name__).splitlines()[0]
         raise RunError(f"cannot write checkpoint {path}: {reason}; earlier checkpoints are untouched") from None
 
 
@@ -84,16 +86,16 @@ def load_checkpoint(path):
         raise UsageError(f"checkpoint: no file {path}")
     try:
         with zipfile.ZipFile(path) as z:
-            damaged = z.testzip()
-        if damaged:
-            raise UsageError(f"checkpoint {path} is damaged: wrong checksum")
+            if z.testzip():
+                raise zipfile.BadZipFile("wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UsageError(f"checkpoint {path} holds more than tensors and plain values; loading it could run code, "
                          "so it is refused") from None
-    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError) as e:
-        raise UsageError(f"checkpoint {path} is damaged or no checkpoint: {str(e).splitlines()[0][:120]}") from None
-    if not isinstance(state, dict) or not {"epoch", "state_dict", "state_dict_ema", "config"} <= state.keys():
+    except Exception as e:  # a damaged file makes zipfile and torch raise almost anything
+        reason = (str(e) or type(e).__name__).splitlines()[0][:120]
+        raise UsageError(f"checkpoint {path} is damaged or no checkpoint: {reason}") from None
+    if not isinstance(state, dict) or not {"epoch", "state_dict_ema", "config"} <= state.keys():
         raise UsageError(f"checkpoint {path} is none of train.py's")
     return state
 
@@ -119,9 +121,10 @@ def find_checkpoint(path):
 def check_resumable(config, state, path):
     """Refuse to resume another model, or in the middle of an epoch of other batches; name changed settings."""
     old = state["config"]
-    same = {"model_name": (old["model_name"], config["model_name"])}
+    family = {"DDIM": "DDPM"}  # the same model, sampled otherwise
+    same = {"model_name": tuple(family.get(c["model_name"], c["model_name"]) for c in (old, config))}
     same |= {f"model.{k}": (old["model"].get(k, v), v) for k, v in config["model"].items()
-             if not k.startswith("vae_") and v is not None}
+             if not k.startswith("vae_") and k != "num_classes" and v is not None}  # the folder settles num_classes
     for key, (there, here) in same.items():
         if there != here:
             raise UsageError(f"--resume: {path} is of another architecture: "

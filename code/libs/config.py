@@ -210,7 +210,8 @@ def complete_config(given):
 
 def _read(path):
     found = path
-    if not os.path.isfile(found):  # a checkout without symbolic links has no code/configs
+    # a checkout without symbolic links has no code/configs
+    if not os.path.isfile(found) and os.path.basename(os.path.dirname(path)) == "configs":
         found = os.path.join(CODE, "..", "configs", os.path.basename(path))
     if not os.path.isfile(found):
         folder = os.path.join(CODE, "..", "configs")
@@ -219,7 +220,7 @@ def _read(path):
     try:
         with open(found, encoding="utf-8") as f:
             given = yaml.safe_load(f)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as e:  # ValueError: no UTF-8, no such date
         raise UsageError(f"config: {path} is no YAML: {' '.join(str(e).split())}") from None
     if given is not None and not isinstance(given, dict):
         raise UsageError(f"config: {path} must hold `key: value` lines, not {type(given).__name__}")
@@ -232,7 +233,7 @@ def _set(given, item):
         raise UsageError(f"--set: {item!r} is not of the form key.sub=value")
     try:
         value = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UsageError(f"--set {key}: {value!r} is no YAML value") from None
     *parents, last = key.strip().split(".")
     for name in parents:
@@ -243,7 +244,8 @@ def _set(given, item):
 
 
 def _nearest(word, words):
-    return next(iter(difflib.get_close_matches(str(word), [str(w) for w in words], 1)), None)
+    lower = {str(w).lower(): str(w) for w in words}
+    return next((lower[w] for w in difflib.get_close_matches(str(word).lower(), lower, 1)), None)
 
 
 def _merge(defaults, given, prefix, model_name):
@@ -275,7 +277,7 @@ def _check_value(key, value):
     wanted, check = RULES[key]
     try:
         return check(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         near = _nearest(value, wanted[7:].split(", ")) if wanted.startswith("one of ") else None
         raise UsageError(f"config: {key} is {value!r}; it must be {wanted}"
                          + (f" (did you mean {near}?)" if near else "")) from None

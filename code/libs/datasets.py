@@ -187,8 +187,8 @@ def _load_torchvision(name, train, root, download):
                 raise UsageError(f"dataset.data_folder: no {name} in {root}") from None
             _download(kind, root, options)
             data = kind(root, train=train, download=False, **options)
-    except (PermissionError, NotADirectoryError, FileExistsError) as e:
-        raise UsageError(f"dataset.data_folder: cannot write {e.filename or root} ({e.strerror})") from None
+    except OSError as e:  # no permission, a read-only or full disk, a file in the way
+        raise UsageError(f"dataset.data_folder: cannot write {e.filename or root} ({e.strerror or e})") from None
     images = torch.as_tensor(data.data)
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
     if name == "EMNIST":

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .errors import UsageError
-from .tiny_autoencoder import TAESD
+from .tiny_autoencoder import DOWNSCALE, TAESD
 from .unet import UNet
 
 
@@ -40,7 +40,7 @@ class Diffusion(nn.Module):
             dim, context_dim, num_classes, in_channels=self.img_shape[0], dim_mults=dim_mults,
             attn_levels=attn_levels, null_label=label_dropout > 0, **unet_options,
         )
-        self.model.check_size(*self.img_shape[1:])
+        self.model.check_size(*self.img_shape[1:], scale=DOWNSCALE if use_vae else 1)
 
     # ---- the autoencoder is a tool, not a part: never trained, never saved
 

@@ -58,7 +58,10 @@ def decode(path, size):
         with Image.open(path) as image:
             if image.format == "JPEG":
                 image.draft("RGB", (2 * size, 2 * size))  # lets the decoder skip what is thrown away
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
+                image = Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8))
+            image = image.convert("RGB")
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UsageError(f"dataset.data_folder: broken image file {path} ({str(e).splitlines()[0]})") from None

@@ -41,7 +41,10 @@ def load_model(path, ema=True):
     state = load_checkpoint(path)
     config = complete_config(state["config"])
     model = build_model(config)
-    load_weights(model, state["state_dict_ema" if ema else "state_dict"], path)
+    key = "state_dict_ema" if ema else "state_dict"
+    if key not in state:  # export.py keeps the averaged weights alone
+        raise UsageError(f"checkpoint {path} has no {key}")
+    load_weights(model, state[key], path)
     return model.eval(), config
 
 

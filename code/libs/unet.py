@@ -144,15 +144,18 @@ class UNet(nn.Module):
                 zero_module(m.proj_out)
         zero_module(self.final_conv[-1])
 
-    def check_size(self, height, width):
-        """Raise UsageError unless H x W images can pass; names the nearest sizes that can."""
-        m = self.size_multiple
+    def check_size(self, height, width, scale=1):
+        """Raise UsageError unless H x W images can pass; names the nearest sizes that can.
+
+        scale: pixels of the image per pixel here, where an autoencoder comes first; the message is in the image's.
+        """
+        height, width, m = height * scale, width * scale, self.size_multiple * scale
         for size in (height, width):
             if size % m or size < m:
                 near = [s for s in (size // m * m, (size // m + 1) * m) if s > 0]
                 raise UsageError(
-                    f"image size {height} x {width}: {size} is not a multiple of {m}, which a UNet of this "
-                    f"depth needs; the nearest sizes are {' and '.join(map(str, near))}"
+                    f"dataset.img_size: image size {height} x {width}: {size} is not a multiple of {m}, which a UNet "
+                    f"of this depth needs; the nearest sizes are {' and '.join(map(str, near))}"
                 )
 
     def forward(self, x, label, time):

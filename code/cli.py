@@ -1,0 +1,51 @@
+"""What the scripts share: a parser whose errors are one line, and errors without a traceback."""
+
+import argparse
+import os
+import signal
+import sys
+
+from libs.errors import RunError, UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with the script's docstring as it is and each error as a UsageError."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawTextHelpFormatter)
+
+    def error(self, message):
+        raise UsageError(message)
+
+
+def positive(text):
+    """Type of a flag that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is too few; 1 is the least")
+    return value
+
+
+def check_output(path, overwrite, flag="--output"):
+    """Refuse to replace a file unasked, and to write where no folder is, before the work instead of after it."""
+    if os.path.exists(path) and not overwrite:
+        raise UsageError(f"{flag}: {path} exists; give another name, or --overwrite")
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UsageError(f"{flag}: cannot write into {folder}")
+
+
+def run(main):
+    """Call a script's `main()` and end the process: 2 for bad usage, 1 for a failed run, neither with a traceback."""
+    status = 0
+    try:
+        status = main()
+    except UsageError as e:
+        print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
+        status = 2
+    except RunError as e:
+        print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    sys.exit(status)

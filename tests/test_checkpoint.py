@@ -1,0 +1,443 @@
+"""Checkpoints, random states and the small averages that training keeps."""
+
+import builtins
+import io
+import os
+import pickle
+import random
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from libs import AverageMeter, ModelEMA, RunError, UsageError, find_checkpoint, load_checkpoint, save_checkpoint
+from libs import checkpoint
+from libs.checkpoint import FINAL, check_resumable, checkpoint_name, list_checkpoints, remove_old_checkpoints
+from libs.config import complete_config
+from libs.seeds import rng_state, seed_everything, seeded_generator, set_rng_state
+from libs.training import TenthsMeter, learning_rate
+
+
+def state(epoch=1, **more):
+    """What train.py saves, small."""
+    return {"epoch": epoch, "batch": 0, "step": 10 * epoch, "config": {"seed": 0},
+            "state_dict": {"w": torch.full((1000,), float(epoch))}, "state_dict_ema": {"w": torch.zeros(1000)},
+            "optimizer": {"lr": 0.1}, "scaler": {}, "rng": rng_state(), **more}
+
+
+def one_line(error):
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+class Evil:
+    """Unpickling this would run a command."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.path}'",)
+
+
+# ---- writing
+
+def test_save_and_load(tmp_path):
+    save_checkpoint(state(3), False, str(tmp_path / "new" / "folder"), "epoch_002.pth.tar")
+    loaded = load_checkpoint(str(tmp_path / "new" / "folder" / "epoch_002.pth.tar"))
+    assert loaded["epoch"] == 3 and torch.equal(loaded["state_dict"]["w"], torch.full((1000,), 3.0))
+    assert loaded.keys() == state().keys()
+    assert os.listdir(tmp_path / "new" / "folder") == ["epoch_002.pth.tar"]
+
+
+def test_final_holds_what_sampling_needs(tmp_path):
+    save_checkpoint(state(), True, str(tmp_path), "epoch_000.pth.tar")
+    assert sorted(os.listdir(tmp_path)) == ["epoch_000.pth.tar", FINAL] and FINAL == "model_final.pth.tar"
+    final = load_checkpoint(str(tmp_path / FINAL))
+    assert not {"optimizer", "scaler", "rng"} & final.keys()
+    assert {"epoch", "state_dict", "state_dict_ema", "config"} <= final.keys()
+    with pytest.raises(UsageError, match="no optimizer state"):  # not what one goes on from
+        find_checkpoint(str(tmp_path / FINAL))
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk with room for `room` more bytes."""
+
+    room = 3000
+
+    def write(self, data):
+        n = memoryview(data).nbytes
+        if self.tell() + n > self.room:
+            raise OSError(28, "No space left on device")
+        return super().write(data)
+
+
+def failing_save(*args, **kwargs):
+    args[1].write(b"half a file")
+    raise RuntimeError("PytorchStreamWriter failed writing file\nand more")
+
+
+@pytest.mark.parametrize("how", ["torch.save", "write", "open", "fsync"])
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, how):
+    save_checkpoint(state(1), False, str(tmp_path), "epoch_000.pth.tar")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as m:
+        if how == "torch.save":
+            m.setattr(torch, "save", failing_save)
+        elif how == "fsync":
+            m.setattr(checkpoint.os, "fsync", full)
+        else:
+            m.setattr(builtins, "open", full if how == "open" else FullDisk)
+        with pytest.raises(RunError) as error:
+            save_checkpoint(state(2), False, str(tmp_path), "epoch_000.pth.tar")
+    path = str(tmp_path / "epoch_000.pth.tar")
+    assert path in one_line(error)
+    assert ("failed writing" if how == "torch.save" else "No space left") in one_line(error)
+    assert os.listdir(tmp_path) == ["epoch_000.pth.tar"]  # no .partial
+    assert load_checkpoint(path)["epoch"] == 1
+
+
+def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    """The rename comes last, after everything has reached the disk."""
+    save_checkpoint(state(1), False, str(tmp_path), "epoch_000.pth.tar")
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(checkpoint.os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a)))
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *a: (calls.append("save"), save(*a)))
+    save_checkpoint(state(2), False, str(tmp_path), "epoch_000.pth.tar")
+    assert calls == ["save", "fsync", "replace"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError) as error:
+        save_checkpoint(state(), False, str(tmp_path / "file" / "run"), "epoch_000.pth.tar")
+    assert str(tmp_path / "file" / "run") in one_line(error)
+
+
+# ---- names and their order
+
+@pytest.mark.parametrize("epoch, batch, name", [
+    (1, 0, "epoch_000.pth.tar"), (10, 0, "epoch_009.pth.tar"), (0, 5, "epoch_000_batch_00005.pth.tar"),
+    (0, 0, "epoch_000_batch_00000.pth.tar"), (10, 42, "epoch_010_batch_00042.pth.tar"), (1001, 0, "epoch_1000.pth.tar"),
+])
+def test_names(epoch, batch, name):
+    assert checkpoint_name(epoch, batch) == name
+
+
+NAMES = ["epoch_000_batch_00000.pth.tar", "epoch_000_batch_00005.pth.tar", "epoch_000.pth.tar",
+         "epoch_001_batch_00002.pth.tar", "epoch_009.pth.tar", "epoch_010_batch_00005.pth.tar", "epoch_010.pth.tar",
+         "epoch_099.pth.tar", "epoch_1000.pth.tar"]
+
+
+def test_newest_first_whatever_the_file_times(tmp_path):
+    for k, name in enumerate(NAMES):
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, (1000 - k, 1000 - k))
+    for other in (FINAL, "epoch_2000.pth.tar.partial", "epoch_.pth.tar", "sample-3.png"):
+        (tmp_path / other).write_bytes(b"")
+    assert [os.path.basename(p) for p in list_checkpoints(str(tmp_path))] == NAMES[::-1]
+
+
+@pytest.mark.parametrize("keep, left", [(None, 9), (3, 3), (1, 1), (50, 9)])
+def test_keep_last(tmp_path, keep, left):
+    for name in NAMES + [FINAL, "epoch_010.pth.tar.partial", "config.txt"]:
+        (tmp_path / name).write_bytes(b"")
+    remove_old_checkpoints(str(tmp_path), keep)
+    assert sorted(os.listdir(tmp_path)) == sorted(NAMES[-left:] + [FINAL, "config.txt"])
+
+
+# ---- reading
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """epoch_009, epoch_010_batch_00005 and epoch_010, the newest."""
+    for epoch, batch in ((10, 0), (10, 5), (11, 0)):
+        save_checkpoint(state(epoch, batch=batch), False, str(tmp_path), checkpoint_name(epoch, batch))
+    return tmp_path
+
+
+def test_find_the_newest(run_folder):
+    path, found = find_checkpoint(str(run_folder))
+    assert os.path.basename(path) == "epoch_010.pth.tar" and found["epoch"] == 11
+    (run_folder / "epoch_010.pth.tar").unlink()
+    path, found = find_checkpoint(str(run_folder))
+    assert os.path.basename(path) == "epoch_010_batch_00005.pth.tar" and (found["epoch"], found["batch"]) == (10, 5)
+    path, found = find_checkpoint(str(run_folder / "epoch_009.pth.tar"))
+    assert found["epoch"] == 10 and found["batch"] == 0
+
+
+def flip(path, where):
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * where)] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_one_is_named_and_skipped(run_folder, capsys):
+    newest, middle = run_folder / "epoch_010.pth.tar", run_folder / "epoch_010_batch_00005.pth.tar"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    flip(middle, 0.5)
+    path, found = find_checkpoint(str(run_folder))
+    assert os.path.basename(path) == "epoch_009.pth.tar" and found["epoch"] == 10
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and str(newest) in lines[0] and str(middle) in lines[1]
+    for damaged in (newest, middle):  # asked for by name it is no second choice
+        with pytest.raises(UsageError) as error:
+            find_checkpoint(str(damaged))
+        assert str(damaged) in one_line(error) and "damaged" in one_line(error)
+
+
+def test_no_damage_goes_unseen(tmp_path):
+    """One changed byte, anywhere in the file: refused as damaged, or the very same content."""
+    path = tmp_path / "epoch_000.pth.tar"
+    small = {k: v for k, v in state().items() if k != "rng"}
+    save_checkpoint(small, False, str(tmp_path), path.name)
+    data, rng = path.read_bytes(), random.Random(0)
+    refused = 0
+    for k in range(0, len(data), 11):
+        changed = bytearray(data)
+        changed[k] ^= rng.choice([1, 0x80, 0xff])
+        path.write_bytes(changed)
+        try:
+            found = load_checkpoint(str(path))
+        except UsageError as e:
+            assert str(path) in str(e) and "\n" not in str(e)
+            refused += 1
+        else:  # padding, or a date
+            assert all(torch.equal(found[d]["w"], small[d]["w"]) for d in ("state_dict", "state_dict_ema"))
+            assert found["step"] == 10
+    assert refused > len(data) // 22
+
+
+@pytest.mark.parametrize("part", [0, 0.01, 0.5, 0.99])
+def test_truncated(run_folder, part):
+    path = run_folder / "epoch_010.pth.tar"
+    data = path.read_bytes()
+    path.write_bytes(data[:int(part * len(data))])
+    with pytest.raises(UsageError, match="epoch_010.pth.tar is damaged or no checkpoint"):
+        load_checkpoint(str(path))
+
+
+def test_code_is_refused_and_not_run(tmp_path):
+    path, side_effect = str(tmp_path / "epoch_000.pth.tar"), tmp_path / "side-effect"
+    torch.save(state(extra=Evil(side_effect)), path)
+    with pytest.raises(UsageError) as error:
+        find_checkpoint(path)
+    assert path in one_line(error) and "refused" in one_line(error)
+    with pytest.raises(UsageError):
+        find_checkpoint(str(tmp_path))
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Evil(side_effect)))
+    with pytest.raises(UsageError, match="plain.pkl"):
+        find_checkpoint(str(tmp_path / "plain.pkl"))
+    assert not side_effect.exists()
+
+
+def test_no_checkpoint(tmp_path):
+    contents = {"text": b"hello", "empty": b"", "page": b"<html></html>"}
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "zip", "w") as z:
+        z.writestr("x", "y")
+    torch.save([1, 2], tmp_path / "list")
+    torch.save({"w": torch.zeros(3)}, tmp_path / "weights")  # a state dict of something else
+    for name in [*contents, "zip", "list", "weights", "missing"]:
+        with pytest.raises(UsageError) as error:
+            find_checkpoint(str(tmp_path / name))
+        assert str(tmp_path / name) in one_line(error)
+
+
+def test_folder_without_a_checkpoint(tmp_path):
+    (tmp_path / FINAL).write_bytes(b"")
+    with pytest.raises(UsageError) as error:
+        find_checkpoint(str(tmp_path))
+    assert "--resume" in one_line(error) and str(tmp_path) in one_line(error)
+
+
+def config(**changes):
+    given = {section: {} for section in ("dataset", "loader", "model", "train_cfg")}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        given[section][name] = value
+    return complete_config(given)
+
+
+def test_resume_says_what_changes(capsys):
+    check_resumable(config(train_cfg__lr=0.1, train_cfg__epochs=3), {"config": config(), "batch": 0}, "p")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "train_cfg.lr: 0.0002 until now, 0.1 from here on" in lines
+
+
+@pytest.mark.parametrize("change", [{"model__dim": 32}, {"model__dim_mults": [1, 2]}, {"model__timesteps": 10},
+                                    {"dataset__img_size": 32}])
+def test_resume_refuses_another_model(change):
+    with pytest.raises(UsageError) as error:
+        check_resumable(config(**change), {"config": config(), "batch": 0}, "path")
+    assert "path" in one_line(error) and "architecture" in one_line(error)
+
+
+@pytest.mark.parametrize("change", [{"loader__batch_size": 32}, {"dataset__name": "FashionMNIST"}])
+def test_resume_refuses_other_batches_only_within_an_epoch(change):
+    check_resumable(config(**change), {"config": config(), "batch": 0}, "path")
+    with pytest.raises(UsageError, match="path is from the middle of an epoch"):
+        check_resumable(config(**change), {"config": config(), "batch": 3}, "path")
+
+
+@pytest.mark.parametrize("name, classes", [("ImageFolder", 7), ("MiniImageNet", 64), ("AFHQ", 2)])
+def test_resume_where_the_folder_settles_the_classes(name, classes):
+    """The checkpoint knows how many there were; the config does not before the folder is read."""
+    saved = config(dataset__name=name)
+    saved["model"]["num_classes"] = classes  # as train.py fills in
+    check_resumable(config(dataset__name=name), {"config": saved, "batch": 0}, "path")
+
+
+# ---- random states
+
+def draws():
+    return ([random.random(), random.gauss(0, 1)], [np.random.rand(), np.random.randn()],
+            torch.randn(3).tolist() + torch.rand(2).tolist())
+
+
+def test_random_sequences_go_on_where_they_were(tmp_path):
+    seed_everything(5)
+    for _ in range(3):
+        draws()
+    np.random.randn()  # NumPy keeps the second of a pair of normals, Python too
+    random.gauss(0, 1)
+    torch.save(rng_state(), tmp_path / "rng")
+    wanted = draws(), draws()
+    seed_everything(6)
+    assert (draws(), draws()) != wanted
+    set_rng_state(torch.load(tmp_path / "rng", weights_only=True))  # tensors and plain values only
+    assert (draws(), draws()) == wanted
+
+
+def test_seed_everything():
+    seed_everything(2 ** 32 - 1)
+    first = draws()
+    seed_everything(2 ** 32 - 1)
+    assert draws() == first
+
+
+def test_seeded_generator_is_a_function_of_its_key():
+    def draw(*key):
+        return torch.rand(4, generator=seeded_generator(*key)).tolist()
+    assert draw(0, "noise", 3) == draw(0, "noise", 3)
+    keys = [(0, "noise", 3), (1, "noise", 3), (0, "order", 3), (0, "noise", 4), (0, "noise", "3"), (0, "noise")]
+    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
+
+
+# ---- averages
+
+class Tiny(nn.Module):
+    """A model as ModelEMA wants it: `.model` learns, buffers beside it."""
+
+    def __init__(self, vae=None):
+        super().__init__()
+        self.model = nn.Linear(2, 2)
+        self.register_buffer("table", torch.zeros(3))
+        self.vae = vae
+
+
+def test_ema_by_hand():
+    """Decay of update n: min(decay, (1 + n) / (10 + n)), so 0.1, 2/11, 3/12, ... until `decay` is reached."""
+    torch.manual_seed(0)
+    model = Tiny().train()
+    ema = ModelEMA(model, decay=0.26)
+    wanted = model.model.weight.detach().clone()
+    for decay in (1 / 10, 2 / 11, 3 / 12, 0.26, 0.26):
+        with torch.no_grad():
+            model.model.weight.add_(torch.randn(2, 2))
+            model.table.add_(1)
+        ema.update(model)
+        wanted = decay * wanted + (1 - decay) * model.model.weight.detach()
+        assert torch.allclose(ema.module.model.weight, wanted, atol=1e-6)
+        assert torch.equal(ema.module.table, model.table)  # buffers are copied, not averaged
+    assert ema.updates == 5
+    assert not ema.module.training and model.training
+    assert not any(p.requires_grad for p in ema.module.parameters()) and model.model.weight.requires_grad
+
+
+def test_ema_starts_as_a_copy():
+    model = Tiny()
+    ema = ModelEMA(model)
+    assert torch.equal(ema.module.model.weight, model.model.weight)
+    assert ema.module.model.weight.data_ptr() != model.model.weight.data_ptr()
+
+
+def test_ema_shares_the_autoencoder():
+    vae = nn.Linear(3, 3)
+    model = Tiny(vae)
+    assert ModelEMA(model).module.vae is vae and model.vae is vae
+
+
+def test_average_meter():
+    meter = AverageMeter()
+    assert meter.avg == 0
+    meter.update(2.0)
+    meter.update(torch.tensor(5.0), n=3)
+    assert meter.avg == pytest.approx(17 / 4) and float(meter.val) == 5 and meter.count == 4
+    meter.reset()
+    meter.update(1)
+    assert meter.avg == 1
+
+
+def test_tenths_meter():
+    meter = TenthsMeter(1000, "cpu")
+    meter.update(torch.tensor([1.0, 3.0, 5.0, 7.0]), torch.tensor([0, 99, 100, 999]))
+    meter.update(torch.tensor([9.0]), torch.tensor([950]))
+    averages = meter.read()
+    assert averages[0] == 2 and averages[1] == 5 and averages[9] == 8
+    assert all(a != a for a in averages[2:9])  # NaN: nothing seen
+    assert all(a != a for a in meter.read())  # and begun again
+
+
+@pytest.mark.parametrize("timesteps", [1, 3, 10, 128])
+def test_tenths_meter_takes_every_time(timesteps):
+    meter = TenthsMeter(timesteps, "cpu")
+    meter.update(torch.ones(timesteps), torch.arange(timesteps))
+    assert sum(a == 1 for a in meter.read()) == min(timesteps, 10)
+
+
+# ---- the learning rate
+
+def rates(schedule, warmup=0, total=100):
+    cfg = {"lr": 2.0, "warmup": warmup, "lr_schedule": schedule}
+    return [learning_rate(step, cfg, total) for step in range(total)]
+
+
+def test_constant():
+    assert set(rates("constant")) == {2.0}
+
+
+def test_warmup_rises_evenly_to_lr():
+    found = rates("constant", warmup=9)
+    assert found[:10] == pytest.approx([0.2 * k for k in range(1, 11)])
+    assert set(found[9:]) == {2.0}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_down_to_zero(schedule):
+    found = rates(schedule)
+    assert found[0] == 2 and found[50] == pytest.approx(1)  # half way down at half time
+    assert all(a > b > 0 for a, b in zip(found, found[1:]))
+    assert found[-1] < 0.03
+    assert learning_rate(100, {"lr": 2.0, "warmup": 0, "lr_schedule": schedule}, 100) == pytest.approx(0)
+
+
+def test_cosine_is_flat_at_both_ends():
+    found = rates("cosine")
+    assert found[0] - found[5] < 0.02 and found[-6] < 0.02
+    assert found[25] == pytest.approx(2 * (0.5 + 0.5 * 2 ** -0.5))
+    assert rates("linear")[25] == pytest.approx(1.5)
+
+
+def test_warmup_and_decay_together():
+    assert rates("linear", warmup=9)[4] == pytest.approx(2 * 0.5 * 0.96)
