@@ -23,14 +23,16 @@ class SinusoidalPE(nn.Module):
         super().__init__()
         if dim % 2:
             raise ValueError(f"SinusoidalPE: dim is {dim}; it must be even")
-        half = dim // 2
-        freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float64) / half)
-        self.register_buffer("freqs", freqs.float(), persistent=False)
+        self.dim, self.max_period = dim, max_period
+        # empty: follows the model's dtype, which the output has; frequencies in it would be rounded
+        self.register_buffer("like", torch.empty(0), persistent=False)
 
     def forward(self, time):
         # phases of 1000 radians need more than half precision: always fp32
-        args = time.float()[:, None] * self.freqs.float()
-        return torch.cat([args.cos(), args.sin()], dim=-1)
+        half = self.dim // 2
+        i = torch.arange(half, dtype=torch.float32, device=time.device)
+        args = time.float()[:, None] * torch.exp(-math.log(self.max_period) / half * i)
+        return torch.cat([args.cos(), args.sin()], dim=-1).to(self.like.dtype)
 
 
 class LabelEmbedding(nn.Module):

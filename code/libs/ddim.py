@@ -59,6 +59,12 @@ class DDIM(DDPM):
                 callback(k + 1, steps, x)
         return x
 
+    def ancestral(self, x, labels, *options, **more):
+        """DDPM's Algorithm 2, with DDPM's steps in place of the ones above."""
+        ddpm = copy.copy(self)
+        ddpm.__class__ = DDPM
+        return ddpm.ancestral(x, labels, *options, **more)
+
     def p_sample_loop(self, labels, **options):
         """Draw one image per label, B -> B x C x H x W in [0, 1]. Options: `steps` and those of `sample`."""
         return self.sample(labels, "ddim", **options)
