@@ -14,7 +14,7 @@ import libs
 from cli import Parser, positive, run
 from libs import blocks
 from libs.errors import RunError
-from libs.training import build_optimizer, peak_memory, pick_device, pick_precision
+from libs.training import build_optimizer, memory_format, peak_memory, pick_device, pick_precision
 
 KINDS = ("written out", "fused")
 
@@ -31,7 +31,7 @@ def measure(config, kind, updates):
     device = pick_device(config["devices"])
     precision = pick_precision(config["dtype"], device)
     torch.manual_seed(0)
-    model = libs.build_model(config).to(device)
+    model = libs.build_model(config).to(device, memory_format=memory_format(device))
     optimizer = build_optimizer(model, config["train_cfg"], device)
     n = config["loader"]["batch_size"]
     images = torch.rand(n, *config["model"]["img_shape"], device=device)
@@ -75,7 +75,8 @@ def main():
                        "--one", kind] + [x for item in args.set for x in ("--set", item)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise RunError(f"the benchmark of {kind} attention failed: {done.stderr.strip().splitlines()[-1]}")
+                why = done.stderr.strip() or f"exit status {done.returncode}"
+                raise RunError(f"the benchmark of {kind} attention failed: {why.splitlines()[-1]}")
             results[kind].append(json.loads(done.stdout.splitlines()[-1]))
     print(f"{'attention':<12} {'images/s':>9} {'peak memory':>12}")
     for kind in KINDS:

@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 
-from libs.errors import RunError, UsageError
+import torch
+
+from libs.errors import RunError, UsageError, reason
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,8 +45,8 @@ def run(main):
     except UsageError as e:
         print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
         status = 2
-    except RunError as e:
-        print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
+    except (RunError, OSError, torch.OutOfMemoryError) as e:  # the disk, the network, the GPU's memory
+        print(f"{os.path.basename(sys.argv[0])}: error: {reason(e, 1000)}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT

@@ -34,10 +34,11 @@ def main():
     model, config = libs.load_model(args.checkpoint)
     if config["dataset"]["name"] != "MNIST":
         raise UsageError(f"{args.checkpoint} was trained on {config['dataset']['name']}; the classifier reads MNIST alone")
+    if args.num < model.num_classes:
+        raise UsageError(f"--num: {args.num} is too few; {model.num_classes} is one of each class")
     device = pick_device([args.device])
     classifier = load_classifier(device=device)
-    options = libs.sampling_options(config)
-    options |= {k: v for k, v in (("steps", args.steps), ("guidance_scale", args.guidance_scale)) if v is not None}
+    options = libs.sampling_options(config, steps=args.steps, guidance_scale=args.guidance_scale)
     labels = torch.arange(args.num) % model.num_classes
 
     print(f"drawing {args.num} images with " + ", ".join(f"{k} {v}" for k, v in options.items() if v is not None)

@@ -37,7 +37,10 @@ def parse_labels(text, num_classes):
 
 
 def draw_images(model, labels, options, seed=0, batch_size=100, device="cpu"):
-    """Yield images B x C x H x W in [0, 1], batch by batch. Image k depends on (seed, k, its label) alone."""
+    """Yield images B x C x H x W in [0, 1], batch by batch.
+
+    With a deterministic sampler image k depends on (seed, k, its label) alone, not on the batch it is in.
+    """
     generator = seeded_generator(seed, "sampler", device=device)
     for numbers in torch.arange(len(labels)).split(batch_size):
         noise = image_noise(seed, numbers, model.img_shape).to(device)
@@ -51,9 +54,8 @@ def main():
     labels = parse_labels(args.labels, model.num_classes)
     model.check_labels(labels)
     labels = labels.repeat_interleave(args.num)
-    options = libs.sampling_options(config)
-    options |= {k: v for k, v in (("sampler", args.sampler), ("steps", args.steps),
-                                  ("guidance_scale", args.guidance_scale)) if v is not None}
+    options = libs.sampling_options(config, sampler=args.sampler, steps=args.steps,
+                                    guidance_scale=args.guidance_scale)
     print(f"drawing {len(labels)} images into {args.output}: "
           + ", ".join(f"{k} {v}" for k, v in options.items() if v is not None), flush=True)
     with tqdm(total=len(labels), unit="image", disable=None) as bar:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import sys
 import time
 
@@ -14,13 +15,13 @@ from tqdm import tqdm
 import libs
 from cli import Parser, positive, run
 from libs.checkpoint import (check_resumable, checkpoint_name, find_checkpoint, remove_old_checkpoints,
-                             save_checkpoint)
+                             save_checkpoint, set_aside_later)
 from libs.config import portable
-from libs.errors import RunError, UsageError
+from libs.errors import RunError, UsageError, shown
 from libs.models import load_weights
 from libs.seeds import rng_state, seed_everything, seeded_generator, set_rng_state
 from libs.training import (AverageMeter, ModelEMA, Signals, TenthsMeter, build_optimizer, learning_rate,
-                           measure_data, peak_memory, pick_device, pick_precision)
+                           measure_data, memory_format, peak_memory, pick_device, pick_precision)
 
 
 def parse_args():
@@ -71,7 +72,9 @@ def main():
     seed_everything(config["seed"])
     device = pick_device(config["devices"])
     precision = pick_precision(config["dtype"], device)
-    if args.resume:
+    if args.resume and args.output:
+        raise UsageError(f"--output: {args.output} cannot be given with --resume, which goes on in the same folder")
+    elif args.resume:
         resume_path, state = find_checkpoint(args.resume)
         check_resumable(config, state, resume_path)
         folder = os.path.dirname(os.path.abspath(resume_path))
@@ -79,30 +82,31 @@ def main():
         name = os.path.splitext(os.path.basename(args.config))[0]
         folder = os.path.join(config["output_folder"], f"{name}_{args.output or time.strftime('%Y-%m-%d_%H-%M-%S')}")
         if os.path.exists(folder):
-            raise UsageError(f"--output: {folder} exists; give another name, or --resume {os.path.relpath(folder)}")
+            raise UsageError(f"--output: {folder} exists; give another name, or --resume {shown(folder)}")
 
-    """2. Data: in [0, 1] for the autoencoder, in [-1, 1] for a model of pixels"""
+    """2. Model: before the data are read, so that a setting that cannot work costs no time"""
     data = config["dataset"]
-    dataset, num_classes, img_shape = libs.build_dataset(
-        data["name"], data["split"], data["data_folder"], data["img_size"],
-        (0, 1) if config["model"]["use_vae"] else (-1, 1), download=not args.dry_run)
-    if config["model"]["num_classes"] not in (None, num_classes) and data["name"] != "AFHQ":
-        raise UsageError(f"model.num_classes is {config['model']['num_classes']}, but {data['data_folder']} has "
-                         f"{num_classes} classes: {', '.join(dataset.classes[:10])}")
+    num_classes, num_images = libs.describe_dataset(data["name"], data["split"], data["data_folder"])
+    if config["model"]["num_classes"] not in (None, num_classes) and data["name"] != "AFHQ":  # may lack a class
+        raise UsageError(f"model.num_classes is {config['model']['num_classes']}, but the data set {data['name']} "
+                         f"in {data['data_folder']} has {num_classes} classes")
     config["model"]["num_classes"] = num_classes
-    loader = libs.build_dataloader(dataset, **config["loader"], seed=config["seed"])
-    total_steps = cfg["epochs"] * len(loader)
-
-    """3. Model, its average, optimizer"""
     model = libs.build_model(config)
+    updates = num_images // min(config["loader"]["batch_size"], num_images)  # an epoch
+    total_steps = cfg["epochs"] * updates
     print(yaml.safe_dump(portable(config), sort_keys=False, default_flow_style=None).rstrip())
-    print(f"{sum(p.numel() for p in model.model.parameters()):,} parameters, {len(dataset):,} images, "
-          f"{len(loader):,} updates an epoch, {total_steps:,} in all; on {device}, "
+    print(f"{sum(p.numel() for p in model.model.parameters()):,} parameters, {num_images:,} images, "
+          f"{updates:,} updates an epoch, {total_steps:,} in all; on {device}, "
           f"{str(precision or torch.float32).removeprefix('torch.')}")
-    print(f"run folder: {os.path.relpath(folder)}", flush=True)
+    print(f"run folder: {shown(folder)}", flush=True)
     if args.dry_run:
         return
-    model.to(device, memory_format=torch.channels_last)  # what the convolutions of CPU and GPU are fastest in
+
+    """3. Data: in [0, 1] for the autoencoder, in [-1, 1] for a model of pixels"""
+    dataset, _, _ = libs.build_dataset(data["name"], data["split"], data["data_folder"], data["img_size"],
+                                       (0, 1) if config["model"]["use_vae"] else (-1, 1))
+    loader = libs.build_dataloader(dataset, **config["loader"], seed=config["seed"])
+    model.to(device, memory_format=memory_format(device))
     dataset.to(device)
     mean, std, psnr = measure_data(model, dataset, device)
     what = f"latents (autoencoder {psnr:.1f} dB PSNR)" if psnr else "pixels"
@@ -117,15 +121,22 @@ def main():
     """4. Resume: everything that the next update depends on"""
     epoch = batch = step = 0
     if args.resume:
+        if state.get("updates_per_epoch", updates) != updates:
+            raise UsageError(f"--resume: {resume_path} has {state['updates_per_epoch']} updates an epoch, the data "
+                             f"in {data['data_folder']} give {updates}")
         load_weights(model, state["state_dict"], resume_path)
         load_weights(ema.module, state["state_dict_ema"], resume_path)
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        for group in optimizer.param_groups:  # what the config says now holds
+            group.update(betas=tuple(cfg["betas"]), weight_decay=cfg["weight_decay"])
+        if scaler.is_enabled() and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
         set_rng_state(state["rng"])
         epoch, batch, step = state["epoch"], state["batch"], state["step"]
         ema.updates = step
         del state
-        print(f"resumed from {os.path.relpath(resume_path)}: {epoch} epochs and {batch} batches done, update {step}")
+        set_aside_later(resume_path)
+        print(f"resumed from {shown(resume_path)}: {epoch} epochs and {batch} batches done, update {step}")
 
     """5. Run folder"""
     try:
@@ -135,12 +146,21 @@ def main():
     except OSError as e:
         raise UsageError(f"output_folder: cannot write {folder} ({e.strerror})") from None
     remove_old_checkpoints(folder, None)
-    board = SummaryWriter(os.path.join(folder, "logs"), purge_step=step if args.resume else None)
+    board = SummaryWriter(os.path.join(folder, "logs"), purge_step=step + 1 if args.resume else None)
     board.add_text("config", "```\n" + yaml.safe_dump(portable(config), sort_keys=False) + "```", step)
     signals = Signals()
 
+    def check_finite():
+        loss = loss_meter.avg
+        if not math.isfinite(loss):
+            raise RunError(f"the loss is {loss} at update {step}; the checkpoints in {folder} are older and whole: "
+                           "resume from one with a lower train_cfg.lr")
+        return loss
+
     def save(is_final=False):
-        state = {"epoch": epoch, "batch": batch, "step": step, "config": portable(config),
+        check_finite()
+        state = {"epoch": epoch, "batch": batch, "step": step, "updates_per_epoch": updates,
+                 "config": portable(config),
                  "state_dict": model.state_dict(), "state_dict_ema": ema.module.state_dict(),
                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng_state()}
         name = checkpoint_name(epoch, batch)
@@ -156,14 +176,14 @@ def main():
         save_image(grid, os.path.join(folder, f"sample-{epoch - 1}.png"))
         board.add_image("samples/ema", grid, step)
         board.add_image("samples/raw", sample_grid(model, config, device), step)
-        bar.write(f"saved {os.path.relpath(path)} and sample-{epoch - 1}.png")
+        bar.write(f"saved {shown(path)} and sample-{epoch - 1}.png")
         return time.time() - started
 
     """6. Training"""
     model.train()
     loss_meter, norm_meter, tenths = AverageMeter(), AverageMeter(), TenthsMeter(model.timesteps, device)
     bar = tqdm(total=total_steps, initial=step, unit_scale=loader.batch_size, unit="img", disable=None)
-    clock, clock_step = time.time(), step
+    clock, clock_step, first_step = time.time(), step, step
     while epoch < cfg["epochs"] and not signals.received:
         for images, labels in loader.epoch(epoch, batch):
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -187,11 +207,10 @@ def main():
             norm_meter.update(norm)
             tenths.update(losses.detach(), t)
             bar.update()
+            if step - first_step == 10:
+                bar.write(f"about {(time.time() - clock) / 600 * (total_steps - first_step):.0f} minutes lie ahead")
             if step % args.print_freq == 0 or step == total_steps:
-                loss, speed = loss_meter.avg, (step - clock_step) * loader.batch_size / (time.time() - clock)
-                if not math.isfinite(loss):
-                    raise RunError(f"the loss is {loss} at update {step}; the checkpoints in {folder} are older and "
-                                   "whole: resume from one with a lower train_cfg.lr")
+                loss, speed = check_finite(), (step - clock_step) * loader.batch_size / (time.time() - clock)
                 minutes = (total_steps - step) * loader.batch_size / speed / 60
                 bar.write(f"epoch {epoch + 1}/{cfg['epochs']}  update {step}/{total_steps}  loss {loss:.4f}  "
                           f"{speed:.0f} images/s  {minutes:.1f} minutes left")
@@ -218,10 +237,11 @@ def main():
     board.close()
     if not finished:
         path = save()
-        print(f"saved {os.path.relpath(path)}; go on with: python {sys.argv[0]} {args.config} "
-              f"--resume {os.path.relpath(folder)}")
+        again = [sys.argv[0], args.config, "-c", str(args.ckpt_freq), "-p", str(args.print_freq)]
+        again += [x for item in args.set for x in ("--set", item)] + ["--resume", shown(folder)]
+        print(f"saved {shown(path)}; go on with: python {shlex.join(again)}")
         return 128 + signals.received
-    print(f"done: {os.path.relpath(folder)} holds model_final.pth.tar and the sample grids; "
+    print(f"done: {shown(folder)} holds model_final.pth.tar and the sample grids; "
           f"peak memory {peak_memory(device) / 2 ** 30:.2f} GiB")
 
 

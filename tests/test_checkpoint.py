@@ -14,7 +14,7 @@ from torch import nn
 
 from libs import AverageMeter, ModelEMA, RunError, UsageError, find_checkpoint, load_checkpoint, save_checkpoint
 from libs import checkpoint
-from libs.checkpoint import FINAL, check_resumable, checkpoint_name, list_checkpoints, remove_old_checkpoints
+from libs.checkpoint import FINAL, check_resumable, checkpoint_name, list_checkpoints, remove_old_checkpoints, set_aside_later
 from libs.config import complete_config
 from libs.seeds import rng_state, seed_everything, seeded_generator, set_rng_state
 from libs.training import TenthsMeter, learning_rate
@@ -265,7 +265,7 @@ def config(**changes):
     given = {section: {} for section in ("dataset", "loader", "model", "train_cfg")}
     for key, value in changes.items():
         section, _, name = key.partition("__")
-        given[section][name] = value
+        (given[section] if name else given)[name or key] = value
     return complete_config(given)
 
 
@@ -283,11 +283,23 @@ def test_resume_refuses_another_model(change):
     assert "path" in one_line(error) and "architecture" in one_line(error)
 
 
-@pytest.mark.parametrize("change", [{"loader__batch_size": 32}, {"dataset__name": "FashionMNIST"}])
-def test_resume_refuses_other_batches_only_within_an_epoch(change):
-    check_resumable(config(**change), {"config": config(), "batch": 0}, "path")
-    with pytest.raises(UsageError, match="path is from the middle of an epoch"):
-        check_resumable(config(**change), {"config": config(), "batch": 3}, "path")
+@pytest.mark.parametrize("change", [{"loader__batch_size": 32}, {"dataset__name": "FashionMNIST"}, {"seed": 7}])
+def test_resume_refuses_other_batches(change):
+    with pytest.raises(UsageError, match="path is of another run"):
+        check_resumable(config(**change), {"config": config(), "batch": 0}, "path")
+
+
+def test_what_comes_after_the_resumed_checkpoint_is_set_aside(tmp_path, capsys):
+    """Else a later --resume of the folder would take the run that was left, and keep_last delete the new one."""
+    for name in ("epoch_004", "epoch_006_batch_00003", "epoch_009", "epoch_012"):
+        (tmp_path / f"{name}.pth.tar").write_bytes(name.encode())
+    set_aside_later(str(tmp_path / "epoch_006_batch_00003.pth.tar"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "epoch_004.pth.tar", "epoch_006_batch_00003.pth.tar", "epoch_009.pth.tar.superseded",
+        "epoch_012.pth.tar.superseded"]
+    assert [os.path.basename(p) for p in list_checkpoints(tmp_path)] == ["epoch_006_batch_00003.pth.tar",
+                                                                       "epoch_004.pth.tar"]
+    assert capsys.readouterr().out.count("superseded") == 2
 
 
 @pytest.mark.parametrize("name, classes", [("ImageFolder", 7), ("MiniImageNet", 64), ("AFHQ", 2)])

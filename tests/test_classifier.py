@@ -103,6 +103,7 @@ def test_missing_and_wrong_files(tmp_path):
 
 def test_script_writes_and_refuses_to_overwrite(mnist, tmp_path):
     out = tmp_path / "new" / "c.pth"
+    out.parent.mkdir()
     args = ("--data-folder", mnist, "--output", out, "--epochs", 1, "--limit", 500)
     done = run(*args)
     assert done.returncode == 0, done.stderr
@@ -124,7 +125,7 @@ def test_script_writes_and_refuses_to_overwrite(mnist, tmp_path):
 def test_script_refuses_at_once(tmp_path):
     out = tmp_path / "c.pth"
     for name in ("epochs", "limit"):
-        assert_one_line_error(run("--output", out, f"--{name}", 0), f"--{name} 0", "at least 1")
+        assert_one_line_error(run("--output", out, f"--{name}", 0), f"--{name}", "1 is the least")
     assert_one_line_error(run("--output", out, "--epochs", "many"), "--epochs", "many")
     (tmp_path / "file").touch()
     assert_one_line_error(run("--output", tmp_path / "file" / "c.pth"), "file")

@@ -339,3 +339,11 @@ def test_portable_and_back_of_each_kind(load, name):
     config = load(f"model_name: {name}\noutput_folder: /elsewhere/runs\ndataset: {{name: ImageFolder}}")
     config["model"]["num_classes"] = 7  # as train.py fills in what the folder holds
     assert complete_config(portable(config)) == config
+
+
+def test_cosine_schedule_with_eps_is_refused():
+    """abar ends at 2e-9: DDIM's first step would turn an error in eps into one 20,000 times as large."""
+    with pytest.raises(UsageError, match="model.prediction is 'eps'"):
+        load_config(MNIST, ["model.beta_schedule=cosine"])
+    for prediction in ("v", "x0"):
+        load_config(MNIST, ["model.beta_schedule=cosine", f"model.prediction={prediction}"])

@@ -2,7 +2,7 @@
 
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .config import load_config
-from .datasets import build_dataloader, build_dataset
+from .datasets import build_dataloader, build_dataset, describe_dataset
 from .ddim import DDIM
 from .ddpm import DDPM
 from .edm import EDM

@@ -11,7 +11,7 @@ import zipfile
 
 import torch
 
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, reason, shown
 
 FINAL = "model_final.pth.tar"
 # epoch_009: after the tenth epoch; epoch_009_batch_00042: after 42 batches of it
@@ -63,8 +63,7 @@ def _write_atomically(state, path):
             os.remove(partial)
         if not isinstance(e, OSError) and isinstance(e.__context__, OSError):
             e = e.__context__  # "No space left on device", which torch hides behind its own words
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise RunError(f"cannot write checkpoint {path}: {reason}; earlier checkpoints are untouched") from None
+        raise RunError(f"cannot write checkpoint {path}: {reason(e)}; earlier checkpoints are untouched") from None
 
 
 def remove_old_checkpoints(folder, keep_last):
@@ -74,6 +73,16 @@ def remove_old_checkpoints(folder, keep_last):
             os.remove(os.path.join(folder, name))
     for path in list_checkpoints(folder)[keep_last:] if keep_last else ():
         os.remove(path)
+
+
+def set_aside_later(path):
+    """Resuming from a file leaves the run that came after it: its checkpoints get the ending `.superseded`."""
+    later = list_checkpoints(os.path.dirname(os.path.abspath(path)))
+    later = later[:[os.path.basename(p) for p in later].index(os.path.basename(path))] if (
+        PATTERN.match(os.path.basename(path))) else []
+    for old in later:
+        os.replace(old, f"{old}.superseded")
+        print(f"{shown(old)} is of the run that is left here: renamed to {os.path.basename(old)}.superseded")
 
 
 def load_checkpoint(path):
@@ -93,8 +102,7 @@ def load_checkpoint(path):
         raise UsageError(f"checkpoint {path} holds more than tensors and plain values; loading it could run code, "
                          "so it is refused") from None
     except Exception as e:  # a damaged file makes zipfile and torch raise almost anything
-        reason = (str(e) or type(e).__name__).splitlines()[0][:120]
-        raise UsageError(f"checkpoint {path} is damaged or no checkpoint: {reason}") from None
+        raise UsageError(f"checkpoint {path} is damaged or no checkpoint: {reason(e)}") from None
     if not isinstance(state, dict) or not {"epoch", "state_dict_ema", "config"} <= state.keys():
         raise UsageError(f"checkpoint {path} is none of train.py's")
     return state
@@ -119,21 +127,22 @@ def find_checkpoint(path):
 
 
 def check_resumable(config, state, path):
-    """Refuse to resume another model, or in the middle of an epoch of other batches; name changed settings."""
+    """Refuse to go on with another model or other batches; name the training settings that change."""
     old = state["config"]
     family = {"DDIM": "DDPM"}  # the same model, sampled otherwise
     same = {"model_name": tuple(family.get(c["model_name"], c["model_name"]) for c in (old, config))}
     same |= {f"model.{k}": (old["model"].get(k, v), v) for k, v in config["model"].items()
-             if not k.startswith("vae_") and k != "num_classes" and v is not None}  # the folder settles num_classes
+             if not k.startswith("vae_") and k != "num_classes"}  # the data settle num_classes
     for key, (there, here) in same.items():
         if there != here:
             raise UsageError(f"--resume: {path} is of another architecture: "
                              f"{key} is {there} there and {here} in the config")
-    if state["batch"]:
-        for section, key in (("loader", "batch_size"), ("dataset", "name"), ("dataset", "img_size")):
-            if old[section][key] != config[section][key]:
-                raise UsageError(f"--resume: {path} is from the middle of an epoch with {section}.{key} "
-                                 f"{old[section][key]}; the config has {config[section][key]}")
+    same = {f"{a}.{b}": (old[a][b], config[a][b]) for a, b in (("dataset", "name"), ("dataset", "img_size"),
+                                                              ("loader", "batch_size"))}
+    same["seed"] = old["seed"], config["seed"]
+    for key, (there, here) in same.items():
+        if there != here:
+            raise UsageError(f"--resume: {path} is of another run: {key} is {there} there and {here} in the config")
     for key, value in config["train_cfg"].items():
         if old["train_cfg"].get(key, value) != value:
             print(f"train_cfg.{key}: {old['train_cfg'][key]} until now, {value} from here on")

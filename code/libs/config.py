@@ -326,6 +326,10 @@ def _check_combinations(config):
     if sampling["guidance_scale"] != 1 and model["label_dropout"] == 0:
         raise UsageError(f"config: sample_cfg.guidance_scale is {sampling['guidance_scale']}; "
                          "other than 1 it needs model.label_dropout above 0 (0.1 is usual)")
+    if model.get("beta_schedule") == "cosine" and model["prediction"] == "eps":
+        # it ends at abar = 2e-9: an image worked out from x_t and eps there is an error times 20,000
+        raise UsageError("config: model.prediction is 'eps', which cannot be sampled with model.beta_schedule "
+                         "'cosine'; use v or x0")
     if config["model_name"] == "EDM" and model["sigma_min"] >= model["sigma_max"]:
         raise UsageError(f"config: model.sigma_min is {model['sigma_min']}; it must be below model.sigma_max, "
                          f"{model['sigma_max']}")

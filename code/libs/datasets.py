@@ -6,11 +6,11 @@ import tempfile
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets as tv
 
-from .errors import RunError, UsageError
-from .folders import load_folder
+from .errors import RunError, UsageError, reason, shown
+from .folders import load_folder, scan_folder
 from .mnist import fetch_mnist
 from .seeds import seeded_generator
 
@@ -18,12 +18,14 @@ from .seeds import seeded_generator
 KNOWN = {
     "MNIST": ((1, 28, 28), 10),
     "FashionMNIST": ((1, 28, 28), 10),
-    "EMNIST": ((1, 28, 28), 47),
+    "EMNIST": ((1, 28, 28), 47),  # the "balanced" split: digits, and letters less those alike in both cases
     "CIFAR10": ((3, 32, 32), 10),
     "AFHQ": ((3, 128, 128), 3),
     "MiniImageNet": ((3, 128, 128), None),
     "ImageFolder": ((3, 128, 128), None),
 }
+# images to train on and to test with
+SIZES = {"MNIST": (60000, 10000), "FashionMNIST": (60000, 10000), "EMNIST": (112800, 18800), "CIFAR10": (50000, 10000)}
 FOLDERS = ("AFHQ", "MiniImageNet", "ImageFolder")
 # the handout sends these through the autoencoder, whose own range is [0, 1]
 RANGE_01 = ("AFHQ", "MiniImageNet")
@@ -127,12 +129,30 @@ def build_dataloader(dataset, batch_size, num_workers=0, seed=0):
 
     num_workers: threads that decode image files, for a data set too large for memory.
     """
+    if not isinstance(dataset, ImageDataset):
+        return DataLoader(dataset, batch_size, shuffle=True, num_workers=num_workers, drop_last=True)
     if hasattr(dataset.images, "num_workers"):
         dataset.images.num_workers = max(num_workers, 1)
     return BatchLoader(dataset, batch_size, seed)
 
 
-def build_dataset(name, split, data_folder, img_size=None, value_range=None, download=True):
+def describe_dataset(name, split, data_folder):
+    """(number of classes, number of images) without reading or downloading an image. Raises as `build_dataset`."""
+    _check(name, split)
+    if name in FOLDERS:
+        paths, _, classes = scan_folder(data_folder, split == "train")
+        return len(classes), len(paths)
+    return KNOWN[name][1], SIZES[name][split != "train"]
+
+
+def _check(name, split):
+    if name not in KNOWN:
+        raise UsageError(f"dataset.name: unknown {name!r}; it is one of {', '.join(KNOWN)}")
+    if split not in ("train", "test", "val"):
+        raise UsageError(f"dataset.split: unknown {split!r}; it is 'train' or 'test'")
+
+
+def build_dataset(name, split, data_folder, img_size=None, value_range=None):
     """Load a data set by name.
 
     Args:
@@ -141,7 +161,6 @@ def build_dataset(name, split, data_folder, img_size=None, value_range=None, dow
         data_folder: where it is, or where MNIST and the other small ones are downloaded to.
         img_size: side of the square images; None keeps the data's own, 128 for photographs.
         value_range: (low, high) of the pixels; None is (-1, 1), or (0, 1) for AFHQ and MiniImageNet.
-        download: fetch what is missing, where the data set can be fetched.
 
     Returns:
         (dataset, num_classes, img_shape); items are (image C x H x W float, label int).
@@ -150,10 +169,7 @@ def build_dataset(name, split, data_folder, img_size=None, value_range=None, dow
         UsageError: unknown name or split; a folder that is missing, empty or holds a broken image.
         RunError: a download failed.
     """
-    if name not in KNOWN:
-        raise UsageError(f"dataset.name: unknown {name!r}; it is one of {', '.join(KNOWN)}")
-    if split not in ("train", "test", "val"):
-        raise UsageError(f"dataset.split: unknown {split!r}; it is 'train' or 'test'")
+    _check(name, split)
     train = split == "train"
     if value_range is None:
         value_range = (0.0, 1.0) if name in RANGE_01 else (-1.0, 1.0)
@@ -162,7 +178,7 @@ def build_dataset(name, split, data_folder, img_size=None, value_range=None, dow
         # resized to 9/8, so that a random crop has something to choose from
         images, labels, classes = load_folder(data_folder, train, size * 9 // 8)
     else:
-        images, labels, classes = _load_torchvision(name, train, data_folder, download)
+        images, labels, classes = _load_torchvision(name, train, data_folder)
         size = img_size or images.shape[-1]
         if size != images.shape[-1]:
             images = _resize(images, size)
@@ -171,20 +187,17 @@ def build_dataset(name, split, data_folder, img_size=None, value_range=None, dow
     return dataset, len(dataset.classes), dataset.img_shape
 
 
-def _load_torchvision(name, train, root, download):
+def _load_torchvision(name, train, root):
     """A data set of torchvision's as (uint8 N x C x S x S, labels, class names); downloads what is missing."""
     options = {"split": "balanced"} if name == "EMNIST" else {}
     kind = getattr(tv, name)
     try:
-        if download:
-            os.makedirs(root, exist_ok=True)
-            if name == "MNIST":
-                fetch_mnist(root)
+        os.makedirs(root, exist_ok=True)
+        if name == "MNIST":
+            fetch_mnist(root)
         try:
             data = kind(root, train=train, download=False, **options)
         except RuntimeError:  # torchvision's word for "not found"
-            if not download:
-                raise UsageError(f"dataset.data_folder: no {name} in {root}") from None
             _download(kind, root, options)
             data = kind(root, train=train, download=False, **options)
     except OSError as e:  # no permission, a read-only or full disk, a file in the way
@@ -198,12 +211,12 @@ def _load_torchvision(name, train, root, download):
 
 def _download(kind, root, options):
     """Download into a folder beside the target, then rename: a broken download leaves nothing."""
-    print(f"downloading {kind.__name__} into {os.path.relpath(root)}", flush=True)
+    print(f"downloading {kind.__name__} into {shown(root)}", flush=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as tmp:
         try:
             kind(tmp, download=True, **options)
         except (OSError, RuntimeError) as e:
-            raise RunError(f"{kind.__name__} cannot be downloaded into {root}: {str(e).splitlines()[0]}") from None
+            raise RunError(f"{kind.__name__} cannot be downloaded into {root}: {reason(e)}") from None
         for entry in os.listdir(tmp):
             target = os.path.join(root, entry)
             if os.path.isdir(target):

@@ -137,7 +137,7 @@ class DDPM(Diffusion):
         return (self._extract(self.sqrt_alphas_cumprod, t, x),
                 self._extract(self.sqrt_one_minus_alphas_cumprod, t, x))
 
-    # ---- training
+    # ---- training: `compute_loss` (in diffusion.py) draws what is not given and averages these
 
     def losses(self, x_start, label, t, noise):
         """Algorithm 1, lines 2 to 5, for each image: B."""

@@ -66,7 +66,10 @@ class Diffusion(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """B x 3 x H x W in [0, 1] -> latents B x 4 x H/8 x W/8; pixels pass as they are."""
-        return self.vae.encoder(images) if self.use_vae else images
+        if not self.use_vae:
+            return images
+        with torch.autocast(images.device.type, enabled=False):  # what is learnt from is not rounded
+            return self.vae.encoder(images.float())
 
     @torch.no_grad()
     def postprocess(self, x):
@@ -138,7 +141,7 @@ class Diffusion(nn.Module):
         """Draw one image per label: B -> B x C x H x W in [0, 1].
 
         Args:
-            labels: B, long, on the model's device.
+            labels: B, long.
             sampler: a key of `SAMPLERS`; None takes the class's first.
             steps: number of sampler steps; None takes the sampler's default.
             guidance_scale: see `guided`.
@@ -154,6 +157,7 @@ class Diffusion(nn.Module):
         if sampler not in self.SAMPLERS:
             raise UsageError(f"sampler: unknown {sampler!r}; {type(self).__name__} has {', '.join(self.SAMPLERS)}")
         self.check_labels(labels)
+        labels = labels.to(next(self.buffers()).device)
         if noise is None:
             noise = torch.randn(len(labels), *self.img_shape, device=labels.device, generator=generator)
         run = getattr(self, self.SAMPLERS[sampler])

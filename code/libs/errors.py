@@ -1,5 +1,8 @@
 """Errors for people: one line each."""
 
+import os
+
+
 
 class UsageError(ValueError):
     """A setting, file or flag that cannot work. The message is one line: its name, its value, what would be right.
@@ -10,3 +13,16 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """Something outside failed: disk, network. The message is one line; scripts exit with status 1."""
+
+
+def shown(path):
+    """A path as people want it in a message: from here, if there is a way."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:  # Windows: another drive
+        return os.path.abspath(path)
+
+
+def reason(error, length=120):
+    """The first line of an exception's message, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:length]

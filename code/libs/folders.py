@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from .errors import UsageError
+from .errors import UsageError, reason, shown
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -16,7 +16,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
 def find_split(root, train):
     """The folder that holds the classes: AFHQ v2 has train/ and test/, v1 train/ and val/, a plain tree neither."""
     if not os.path.isdir(root):
-        raise UsageError(f"dataset.data_folder: no folder {root}; for AFHQ run `sh ./download_dataset.sh`")
+        raise UsageError(f"dataset.data_folder: no folder {root}; `sh download_dataset.sh`, in the project's folder, fetches AFHQ")
     names = ("train",) if train else ("test", "val")
     for name in names:
         if os.path.isdir(os.path.join(root, name)):
@@ -63,8 +63,8 @@ def decode(path, size):
                 image = Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8))
             image = image.convert("RGB")
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UsageError(f"dataset.data_folder: broken image file {path} ({str(e).splitlines()[0]})") from None
+    except Exception as e:  # a broken file makes its decoder raise almost anything
+        raise UsageError(f"dataset.data_folder: broken image file {path} ({reason(e)})") from None
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -82,9 +82,13 @@ class FileImages:
 
 def available_memory():
     """Bytes of memory that can be had now, as far as the system tells."""
-    for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
-        if name in getattr(os, "sysconf_names", {}):
-            return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/meminfo") as f:  # Linux; counts the disk cache, which gives way
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return 4 * 2 ** 30
 
 
@@ -98,7 +102,7 @@ def load_folder(root, train, size):
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
         decoded = pool.map(lambda path: decode(path, size), paths)
-        bar = tqdm(decoded, total=len(paths), desc=f"reading {os.path.relpath(root)}", unit="image",
+        bar = tqdm(decoded, total=len(paths), desc=f"reading {shown(root)}", unit="image",
                    disable=None, mininterval=0.5)
         for i, image in enumerate(bar):
             images[i] = image

@@ -26,11 +26,13 @@ def build_model(config):
     return model
 
 
-def sampling_options(config):
-    """Keyword arguments of `Diffusion.sample` that the configuration asks for."""
+def sampling_options(config, **given):
+    """Keyword arguments of `Diffusion.sample`: the configuration's, under those given that are not None."""
     options = dict(config["sample_cfg"])
     options["sampler"] = options["sampler"] or GRID_SAMPLER[config["model_name"]]
-    return options
+    if given.get("sampler") not in (None, options["sampler"]):
+        options["steps"] = None  # meant for another sampler
+    return options | {k: v for k, v in given.items() if v is not None}
 
 
 def load_model(path, ema=True):

@@ -8,7 +8,7 @@ import os
 import torch
 from torch import nn
 
-from .errors import UsageError
+from .errors import UsageError, reason
 
 LATENT_CHANNELS = 4
 DOWNSCALE = 8
@@ -61,12 +61,11 @@ def load_weights(module, path, key):
     Raises UsageError when the file is missing, is no plain state dict, or is another network's.
     """
     if not os.path.isfile(path):
-        raise UsageError(f"{key}: no file {path}; run `sh ./download_dataset.sh taesd` to fetch TAESD's weights")
+        raise UsageError(f"{key}: no file {path}; `sh download_dataset.sh taesd`, in the project's folder, fetches TAESD's weights")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises almost anything on a file that is something else
-        reason = (str(e) or type(e).__name__).splitlines()[0][:100]
-        raise UsageError(f"{key}: {path} is no file of plain weights ({reason})") from None
+        raise UsageError(f"{key}: {path} is no file of plain weights ({reason(e)})") from None
     own = module.state_dict()
     if not isinstance(state, dict) or state.keys() != own.keys() or any(
             getattr(state[k], "shape", None) != v.shape for k, v in own.items()):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import signal
 import sys
 
@@ -27,7 +28,8 @@ class ModelEMA:
         """Move the average towards `model` after one more update."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        ours, theirs = list(self.module.model.parameters()), list(model.model.parameters())
+        pairs = zip(self.module.named_parameters(), model.parameters())
+        ours, theirs = zip(*[(own, new) for (name, own), new in pairs if not name.startswith("vae.")])
         torch._foreach_lerp_(ours, theirs, 1 - decay)
         for own, new in zip(self.module.buffers(), model.buffers()):
             own.copy_(new)
@@ -110,26 +112,32 @@ def learning_rate(step, cfg, total_steps):
 
 def pick_device(names):
     """The first of the config's devices, or the best there is when it is missing. Says so in one line."""
-    wanted = names[0]
-    try:
-        device = torch.device(wanted)
-        torch.empty(0, device=device)
-        return device
-    except (RuntimeError, AssertionError):
-        found = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-        print(f"devices: {wanted} is not here; using {found.type}", flush=True)
-        return found
+    for name in (names[0], "cuda:0", "mps", "cpu"):
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError):
+            continue
+        if name != names[0]:
+            print(f"devices: {names[0]} is not here; using {name}", flush=True)
+        return torch.device(name)
 
 
 def pick_precision(name, device):
     """The dtype of autocast, or None for plain fp32. See DEFAULTS["dtype"]."""
     if device.type != "cuda":
-        if name == "fp16":
-            print(f"dtype: fp16 is for CUDA; using fp32 on {device.type}", flush=True)
-        return torch.bfloat16 if name == "bf16" and device.type == "cpu" else None
+        if name == "bf16" and device.type == "cpu":
+            return torch.bfloat16
+        if name in ("fp16", "bf16"):
+            print(f"dtype: {name} does not work on {device.type}; using fp32", flush=True)
+        return None
     if name == "auto":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
+
+
+def memory_format(device):
+    """The layout in which convolutions are fastest; on Apple's devices their own."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def peak_memory(device):
@@ -154,4 +162,4 @@ class Signals:
     def _note(self, number, frame):
         self.received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nstopping: a checkpoint is written first", flush=True)
+        os.write(2, b"\nstopping: a checkpoint is written first\n")  # print could be interrupted in itself
