@@ -9,6 +9,7 @@ from .errors import UsageError
 
 MODELS = {"DDPM": DDPM, "DDIM": DDIM, "EDM": EDM}
 GRID_SAMPLER = {"DDPM": "ddim", "DDIM": "ddim", "EDM": "heun"}
+DEFAULT_STEPS = {"ddim": DDIM.DEFAULT_STEPS, "heun": EDM.DEFAULT_STEPS}
 
 
 def build_model(config):
@@ -20,7 +21,7 @@ def build_model(config):
         raise UsageError(f"config: sample_cfg.sampler is {sampling['sampler']!r}; {config['model_name']} has "
                          f"{', '.join(kind.SAMPLERS)}")
     steps = sampling["steps"]
-    if steps and kind is not EDM and steps > config["model"]["timesteps"]:
+    if steps and sampling["sampler"] == "ddim" and steps > config["model"]["timesteps"]:
         raise UsageError(f"config: sample_cfg.steps is {steps}; it must be at most model.timesteps, "
                          f"{config['model']['timesteps']}")
     return model
@@ -32,7 +33,12 @@ def sampling_options(config, **given):
     options["sampler"] = options["sampler"] or GRID_SAMPLER[config["model_name"]]
     if given.get("sampler") not in (None, options["sampler"]):
         options["steps"] = None  # meant for another sampler
-    return options | {k: v for k, v in given.items() if v is not None}
+    options |= {k: v for k, v in given.items() if v is not None}
+    if options["steps"] is None and options["sampler"] in DEFAULT_STEPS:
+        options["steps"] = DEFAULT_STEPS[options["sampler"]]
+        if options["sampler"] == "ddim":
+            options["steps"] = min(options["steps"], config["model"]["timesteps"])
+    return options
 
 
 def load_model(path, ema=True):
