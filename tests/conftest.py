@@ -4,6 +4,7 @@ import os
 import sys
 
 import pytest
+import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "code"))
 
@@ -15,3 +16,13 @@ def real_data():
     if not folder:
         pytest.skip("REAL_DATA is not set: the folder that holds mnist/MNIST/raw")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def diffusers():
+    return pytest.importorskip("diffusers", reason="see requirements-extra.txt")

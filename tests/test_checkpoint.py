@@ -1,4 +1,4 @@
-"""Checkpoints, random states and the small averages that training keeps."""
+"""Checkpoints: written whole or not at all, read without running code, resumed only where they fit."""
 
 import builtins
 import io
@@ -7,17 +7,16 @@ import pickle
 import random
 import zipfile
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from libs import AverageMeter, ModelEMA, RunError, UsageError, find_checkpoint, load_checkpoint, save_checkpoint
+from helpers import Evil, one_line
+from libs import RunError, UsageError, find_checkpoint, load_checkpoint, save_checkpoint
 from libs import checkpoint
-from libs.checkpoint import FINAL, check_resumable, checkpoint_name, list_checkpoints, remove_old_checkpoints, set_aside_later
+from libs.checkpoint import (FINAL, check_resumable, checkpoint_name, list_checkpoints, remove_old_checkpoints,
+                             set_aside_later)
 from libs.config import complete_config
-from libs.seeds import rng_state, seed_everything, seeded_generator, set_rng_state
-from libs.training import TenthsMeter, learning_rate
+from libs.seeds import rng_state
 
 
 def state(epoch=1, **more):
@@ -25,22 +24,6 @@ def state(epoch=1, **more):
     return {"epoch": epoch, "batch": 0, "step": 10 * epoch, "config": {"seed": 0},
             "state_dict": {"w": torch.full((1000,), float(epoch))}, "state_dict_ema": {"w": torch.zeros(1000)},
             "optimizer": {"lr": 0.1}, "scaler": {}, "rng": rng_state(), **more}
-
-
-def one_line(error):
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
-
-
-class Evil:
-    """Unpickling this would run a command."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch '{self.path}'",)
 
 
 # ---- writing
@@ -308,148 +291,3 @@ def test_resume_where_the_folder_settles_the_classes(name, classes):
     saved = config(dataset__name=name)
     saved["model"]["num_classes"] = classes  # as train.py fills in
     check_resumable(config(dataset__name=name), {"config": saved, "batch": 0}, "path")
-
-
-# ---- random states
-
-def draws():
-    return ([random.random(), random.gauss(0, 1)], [np.random.rand(), np.random.randn()],
-            torch.randn(3).tolist() + torch.rand(2).tolist())
-
-
-def test_random_sequences_go_on_where_they_were(tmp_path):
-    seed_everything(5)
-    for _ in range(3):
-        draws()
-    np.random.randn()  # NumPy keeps the second of a pair of normals, Python too
-    random.gauss(0, 1)
-    torch.save(rng_state(), tmp_path / "rng")
-    wanted = draws(), draws()
-    seed_everything(6)
-    assert (draws(), draws()) != wanted
-    set_rng_state(torch.load(tmp_path / "rng", weights_only=True))  # tensors and plain values only
-    assert (draws(), draws()) == wanted
-
-
-def test_seed_everything():
-    seed_everything(2 ** 32 - 1)
-    first = draws()
-    seed_everything(2 ** 32 - 1)
-    assert draws() == first
-
-
-def test_seeded_generator_is_a_function_of_its_key():
-    def draw(*key):
-        return torch.rand(4, generator=seeded_generator(*key)).tolist()
-    assert draw(0, "noise", 3) == draw(0, "noise", 3)
-    keys = [(0, "noise", 3), (1, "noise", 3), (0, "order", 3), (0, "noise", 4), (0, "noise", "3"), (0, "noise")]
-    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
-
-
-# ---- averages
-
-class Tiny(nn.Module):
-    """A model as ModelEMA wants it: `.model` learns, buffers beside it."""
-
-    def __init__(self, vae=None):
-        super().__init__()
-        self.model = nn.Linear(2, 2)
-        self.register_buffer("table", torch.zeros(3))
-        self.vae = vae
-
-
-def test_ema_by_hand():
-    """Decay of update n: min(decay, (1 + n) / (10 + n)), so 0.1, 2/11, 3/12, ... until `decay` is reached."""
-    torch.manual_seed(0)
-    model = Tiny().train()
-    ema = ModelEMA(model, decay=0.26)
-    wanted = model.model.weight.detach().clone()
-    for decay in (1 / 10, 2 / 11, 3 / 12, 0.26, 0.26):
-        with torch.no_grad():
-            model.model.weight.add_(torch.randn(2, 2))
-            model.table.add_(1)
-        ema.update(model)
-        wanted = decay * wanted + (1 - decay) * model.model.weight.detach()
-        assert torch.allclose(ema.module.model.weight, wanted, atol=1e-6)
-        assert torch.equal(ema.module.table, model.table)  # buffers are copied, not averaged
-    assert ema.updates == 5
-    assert not ema.module.training and model.training
-    assert not any(p.requires_grad for p in ema.module.parameters()) and model.model.weight.requires_grad
-
-
-def test_ema_starts_as_a_copy():
-    model = Tiny()
-    ema = ModelEMA(model)
-    assert torch.equal(ema.module.model.weight, model.model.weight)
-    assert ema.module.model.weight.data_ptr() != model.model.weight.data_ptr()
-
-
-def test_ema_shares_the_autoencoder():
-    vae = nn.Linear(3, 3)
-    model = Tiny(vae)
-    assert ModelEMA(model).module.vae is vae and model.vae is vae
-
-
-def test_average_meter():
-    meter = AverageMeter()
-    assert meter.avg == 0
-    meter.update(2.0)
-    meter.update(torch.tensor(5.0), n=3)
-    assert meter.avg == pytest.approx(17 / 4) and float(meter.val) == 5 and meter.count == 4
-    meter.reset()
-    meter.update(1)
-    assert meter.avg == 1
-
-
-def test_tenths_meter():
-    meter = TenthsMeter(1000, "cpu")
-    meter.update(torch.tensor([1.0, 3.0, 5.0, 7.0]), torch.tensor([0, 99, 100, 999]))
-    meter.update(torch.tensor([9.0]), torch.tensor([950]))
-    averages = meter.read()
-    assert averages[0] == 2 and averages[1] == 5 and averages[9] == 8
-    assert all(a != a for a in averages[2:9])  # NaN: nothing seen
-    assert all(a != a for a in meter.read())  # and begun again
-
-
-@pytest.mark.parametrize("timesteps", [1, 3, 10, 128])
-def test_tenths_meter_takes_every_time(timesteps):
-    meter = TenthsMeter(timesteps, "cpu")
-    meter.update(torch.ones(timesteps), torch.arange(timesteps))
-    assert sum(a == 1 for a in meter.read()) == min(timesteps, 10)
-
-
-# ---- the learning rate
-
-def rates(schedule, warmup=0, total=100):
-    cfg = {"lr": 2.0, "warmup": warmup, "lr_schedule": schedule}
-    return [learning_rate(step, cfg, total) for step in range(total)]
-
-
-def test_constant():
-    assert set(rates("constant")) == {2.0}
-
-
-def test_warmup_rises_evenly_to_lr():
-    found = rates("constant", warmup=9)
-    assert found[:10] == pytest.approx([0.2 * k for k in range(1, 11)])
-    assert set(found[9:]) == {2.0}
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_down_to_zero(schedule):
-    found = rates(schedule)
-    assert found[0] == 2 and found[50] == pytest.approx(1)  # half way down at half time
-    assert all(a > b > 0 for a, b in zip(found, found[1:]))
-    assert found[-1] < 0.03
-    assert learning_rate(100, {"lr": 2.0, "warmup": 0, "lr_schedule": schedule}, 100) == pytest.approx(0)
-
-
-def test_cosine_is_flat_at_both_ends():
-    found = rates("cosine")
-    assert found[0] - found[5] < 0.02 and found[-6] < 0.02
-    assert found[25] == pytest.approx(2 * (0.5 + 0.5 * 2 ** -0.5))
-    assert rates("linear")[25] == pytest.approx(1.5)
-
-
-def test_warmup_and_decay_together():
-    assert rates("linear", warmup=9)[4] == pytest.approx(2 * 0.5 * 0.96)

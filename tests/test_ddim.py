@@ -5,24 +5,11 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import SMALL
 from libs import DDIM, DDPM, UsageError
-
-SMALL = dict(img_shape=(1, 8, 8), timesteps=50, dim=8, context_dim=8, num_classes=4, dim_mults=(1, 2),
-             attn_levels=(0,))
-
 
 def small(kind=DDIM, **options):
     return kind(**{**SMALL, **options}).eval()
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def diffusers():
-    return pytest.importorskip("diffusers", reason="see requirements-extra.txt")
 
 
 # ---- one step after the other against diffusers

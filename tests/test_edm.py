@@ -20,11 +20,6 @@ def small(**options):
     return EDM(**{**SMALL, **options}).eval()
 
 
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-
-
 # ---- preconditioning
 
 @pytest.mark.parametrize("sigma_data", [0.3, 0.5, 1.7])

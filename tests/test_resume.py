@@ -149,7 +149,7 @@ def test_ctrl_c_in_the_middle_of_an_epoch(project):
     stopped = train(config, "--output", "stopped", wrapper=("ctrl-c", 2 * UPDATES + 3))
     assert stopped.returncode == 128 + signal.SIGINT, stopped.stderr
     assert (folder / "epoch_002_batch_00003.pth.tar").exists()
-    assert f"--resume" in stopped.stdout.splitlines()[-1]
+    assert "--resume" in stopped.stdout.splitlines()[-1]
     state = torch.load(folder / "epoch_002_batch_00003.pth.tar", weights_only=True)
     assert (state["epoch"], state["batch"], state["step"]) == (2, 3, 2 * UPDATES + 3)
     done = train(config, "--resume", str(folder))

@@ -14,11 +14,6 @@ SMALL = dict(img_shape=(3, 32, 48), timesteps=5, dim=8, context_dim=8, num_class
              attn_levels=(0,), use_vae=True)
 
 
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Weight files of an encoder and a decoder with random weights."""

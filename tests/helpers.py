@@ -1,0 +1,85 @@
+"""What several test files share. (Fixtures that several share are in conftest.py.)"""
+
+import os
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+# a network that costs nothing
+SMALL = dict(img_shape=(1, 8, 8), timesteps=50, dim=8, context_dim=8, num_classes=4, dim_mults=(1, 2),
+             attn_levels=(0,))
+
+
+def one_line(error):
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+def picture(seed, height=40, width=40):
+    """A smooth picture that JPEG and resizing leave alone, another for every seed."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def tree(root, splits, per_class=3, **size):
+    """Write {split: [class, ...]} as folders of PNG files; the split "" is the root itself."""
+    seed = 0
+    for split, classes in splits.items():
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for k in range(per_class):
+                seed += 1
+                picture(seed, **size).save(folder / f"{k}.png")
+    return str(root)
+
+
+class Evil:
+    """Unpickling this would run a command."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.path}'",)
+
+
+class Recorder(nn.Module):
+    """In place of the network: says `value`, remembers what it was called with."""
+
+    def __init__(self, value=0.0):
+        super().__init__()
+        self.value, self.calls = value, []
+
+    def forward(self, x, label, time):
+        self.calls.append((x.clone(), label.clone(), time.clone()))
+        return torch.zeros_like(x) + self.value
+
+
+class GaussianOracle(nn.Module):
+    """The exact network for data N(mu[label], s^2) per pixel: E[eps | x_t]."""
+
+    def __init__(self, abar, mu, s):
+        super().__init__()
+        self.abar, self.mu, self.s = abar, torch.as_tensor(mu, dtype=torch.float64), s
+
+    def forward(self, x, label, time):
+        abar = self.abar[time][:, None, None, None]
+        mu = self.mu[label][:, None, None, None]
+        x = x.double()
+        return ((1 - abar).sqrt() * (x - abar.sqrt() * mu) / (abar * self.s ** 2 + 1 - abar)).float()
+
+
+def reference(diffusers, schedule, timesteps, prediction="epsilon"):
+    """diffusers' DDPMScheduler, with its tables in float64."""
+    first, last = (0.00085, 0.012) if schedule == "scaled_linear" else (1e-4, 0.02)
+    scheduler = diffusers.DDPMScheduler(timesteps, first, last, schedule, clip_sample=False,
+                                        variance_type="fixed_small", prediction_type=prediction)
+    # its own fp32 products lose four digits of 1 - abar where that is small
+    scheduler.alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)
+    scheduler.one = torch.tensor(1.0, dtype=torch.float64)
+    return scheduler
