@@ -20,10 +20,12 @@ def build_model(config):
     if sampling["sampler"] not in kind.SAMPLERS:
         raise UsageError(f"config: sample_cfg.sampler is {sampling['sampler']!r}; {config['model_name']} has "
                          f"{', '.join(kind.SAMPLERS)}")
-    steps = sampling["steps"]
-    if steps and sampling["sampler"] == "ddim" and steps > config["model"]["timesteps"]:
-        raise UsageError(f"config: sample_cfg.steps is {steps}; it must be at most model.timesteps, "
-                         f"{config['model']['timesteps']}")
+    steps, timesteps = sampling["steps"], config["model"]["timesteps"]
+    if steps and sampling["sampler"] == "ddim" and steps > timesteps:
+        raise UsageError(f"config: sample_cfg.steps is {steps}; it must be at most model.timesteps, {timesteps}")
+    if steps and sampling["sampler"] == "ddpm" and steps != timesteps:
+        raise UsageError(f"config: sample_cfg.steps is {steps}, but the sampler ddpm always takes all {timesteps}; "
+                         "ddim takes fewer")
     return model
 
 
