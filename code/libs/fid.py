@@ -46,7 +46,7 @@ class FeatureStatistics:
     def mean(self):
         """D, in the features' unit. UsageError without samples."""
         _need(self.n, 1, "mean of features")
-        return self._mean
+        return self._mean.clone()
 
     @property
     def cov(self):
@@ -95,10 +95,9 @@ def frechet_distance(a, b):
 
 
 def _root(stats):
-    """R, D x rank, with R R^T = S. What n samples cannot span, and what is rounding, is left out."""
+    """R, D x rank, with R R^T = S. Eigenvalues that are rounding errors are left out: n samples span n - 1."""
     values, vectors = torch.linalg.eigh(stats.cov)
     kept = values > max(len(values), 64) * EPS * values.max()
-    kept[:max(len(values) - (stats.n - 1), 0)] = False  # they are in ascending order
     return vectors[:, kept] * values[kept].sqrt()
 
 
@@ -146,8 +145,8 @@ def precision_recall(real, generated, k=3):
     Precision is the share of generated samples on the real manifold (do they look real?), recall the share of real
     samples on the generated manifold (is everything covered?).
 
-    real, generated: N x D and M x D features. Returns the two as floats from 0 to 1; both fall with the sizes of the
-    sets: compare numbers of the same sizes only. Raises UsageError where a set has fewer than k + 1 samples.
+    real, generated: N x D and M x D features. Returns the two as floats from 0 to 1; both depend on the sizes of
+    the sets: compare numbers of the same sizes only. Raises UsageError where a set has fewer than k + 1 samples.
     """
     real, generated = _checked_pair(real, generated, ("real", "generated"))
     if k < 1:
