@@ -109,9 +109,9 @@ def main():
     model.to(device, memory_format=memory_format(device))
     dataset.to(device)
     mean, std, psnr = measure_data(model, dataset, device)
-    what = f"latents (autoencoder {psnr:.1f} dB PSNR)" if psnr else "pixels"
+    what = f"latents (autoencoder {psnr:.1f} dB PSNR)" if model.use_vae else "pixels"
     print(f"{what}: mean {mean:.3f}, standard deviation {std:.3f}")
-    if psnr and not (abs(mean) < 0.5 and 0.5 < std < 2):
+    if model.use_vae and not (abs(mean) < 0.5 and 0.5 < std < 2):
         print("warning: the latents are far from mean 0 and standard deviation 1, which the noise schedule is made "
               "for; are these the right autoencoder weights, and images in [0, 1]?")
     ema = ModelEMA(model, cfg["ema_decay"])

@@ -284,6 +284,11 @@ def test_what_comes_after_the_resumed_checkpoint_is_set_aside(tmp_path, capsys):
                                                                        "epoch_004.pth.tar"]
     assert capsys.readouterr().out.count("superseded") == 2
 
+    (tmp_path / "epoch_009.pth.tar").write_bytes(b"another run")
+    set_aside_later(str(tmp_path / "epoch_004.pth.tar"))  # a second time: the first ones stay as they are
+    assert (tmp_path / "epoch_009.pth.tar.superseded").read_bytes() == b"epoch_009"
+    assert (tmp_path / "epoch_009.pth.tar.superseded2").read_bytes() == b"another run"
+
 
 @pytest.mark.parametrize("name, classes", [("ImageFolder", 7), ("MiniImageNet", 64), ("AFHQ", 2)])
 def test_resume_where_the_folder_settles_the_classes(name, classes):

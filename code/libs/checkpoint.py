@@ -77,12 +77,17 @@ def remove_old_checkpoints(folder, keep_last):
 
 def set_aside_later(path):
     """Resuming from a file leaves the run that came after it: its checkpoints get the ending `.superseded`."""
-    later = list_checkpoints(os.path.dirname(os.path.abspath(path)))
-    later = later[:[os.path.basename(p) for p in later].index(os.path.basename(path))] if (
-        PATTERN.match(os.path.basename(path))) else []
-    for old in later:
-        os.replace(old, f"{old}.superseded")
-        print(f"{shown(old)} is of the run that is left here: renamed to {os.path.basename(old)}.superseded")
+    folder, name = os.path.split(os.path.abspath(path))
+    if not PATTERN.match(name):
+        return
+    for old in list_checkpoints(folder):
+        if _progress(os.path.basename(old)) > _progress(name):
+            new, n = f"{old}.superseded", 1
+            while os.path.exists(new):  # not the first run that is left here
+                n += 1
+                new = f"{old}.superseded{n}"
+            os.replace(old, new)
+            print(f"{shown(old)} is of the run that is left here: renamed to {os.path.basename(new)}")
 
 
 def load_checkpoint(path):
