@@ -19,9 +19,10 @@ from libs.checkpoint import (check_resumable, checkpoint_name, find_checkpoint, 
 from libs.config import portable
 from libs.errors import RunError, UsageError, shown
 from libs.models import load_weights
+from libs.optimizers import build_optimizer
 from libs.seeds import rng_state, seed_everything, seeded_generator, set_rng_state
-from libs.training import (AverageMeter, ModelEMA, Signals, TenthsMeter, build_optimizer, learning_rate,
-                           measure_data, memory_format, peak_memory, pick_device, pick_precision)
+from libs.training import (AverageMeter, ModelEMA, Signals, TenthsMeter, learning_rate, measure_data,
+                           memory_format, peak_memory, pick_device, pick_precision)
 
 
 def parse_args():

@@ -57,6 +57,7 @@ DEFAULTS = {
         "num_eval_samples": 10,  # images per class in a sample grid
         "warmup": 0,  # updates over which the learning rate rises to lr
         "lr_schedule": "constant",  # or "cosine" or "linear": down to zero at the last update
+        "optimizer": "adamw",  # or "muon": AdamW for the vectors, orthogonal updates for the matrices
         "betas": [0.9, 0.999],  # AdamW's
         "weight_decay": 0.01,
         "clip_grad_norm": 1.0,  # None: gradients as they are
@@ -168,7 +169,8 @@ RULES = {
     "model.sigma_min": number(above=0), "model.sigma_max": number(above=0), "model.rho": number(above=0),
     "train_cfg.lr": number(above=0), "train_cfg.epochs": integer(1), "train_cfg.num_eval_samples": integer(1),
     "train_cfg.warmup": integer(0), "train_cfg.lr_schedule": one_of("constant", "cosine", "linear"),
-    "train_cfg.betas": list_of(number(0, 0.99999), 2), "train_cfg.weight_decay": number(0),
+    "train_cfg.optimizer": one_of("adamw", "muon"), "train_cfg.betas": list_of(number(0, 0.99999), 2),
+    "train_cfg.weight_decay": number(0),
     "train_cfg.clip_grad_norm": optional(number(above=0)), "train_cfg.ema_decay": number(0, 0.999999),
     "train_cfg.keep_last": optional(integer(1)),
     "sample_cfg.sampler": optional(text()), "sample_cfg.steps": optional(integer(1)),

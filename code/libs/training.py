@@ -1,4 +1,4 @@
-"""What training needs beside the model: averages, the optimizer, the learning rate, precision."""
+"""What training needs beside the model: averages, the learning rate, precision."""
 
 import copy
 import math
@@ -94,12 +94,6 @@ def measure_data(model, dataset, device, n=512):
         model.set_sigma_data(float(std))
     psnr = -10 * math.log10(float(torch.stack(squared_error).mean())) if squared_error else None
     return float(mean), float(std), psnr
-
-
-def build_optimizer(model, cfg, device):
-    """AdamW over the UNet's weights; one fused kernel where there is one."""
-    return torch.optim.AdamW(model.model.parameters(), lr=cfg["lr"], betas=cfg["betas"],
-                             weight_decay=cfg["weight_decay"], fused=device.type in ("cpu", "cuda"))
 
 
 def learning_rate(step, cfg, total_steps):

@@ -1,0 +1,65 @@
+"""The optimizers of train.py: AdamW, and Muon for the matrices with AdamW for the rest."""
+
+import torch
+
+
+def build_optimizer(model, cfg, device):
+    """The optimizer that `train_cfg` names, over the UNet's weights; AdamW in one fused kernel where there is one."""
+    options = {"lr": cfg["lr"], "betas": cfg["betas"], "weight_decay": cfg["weight_decay"],
+               "fused": device.type in ("cpu", "cuda")}
+    if cfg["optimizer"] == "adamw":
+        return torch.optim.AdamW(model.model.parameters(), **options)
+    hidden, rest = [], []
+    for name, p in model.model.named_parameters():
+        (hidden if is_hidden_matrix(name, p) else rest).append(p)
+    return Muon([{"params": hidden, "orthogonal": True}, {"params": rest, "orthogonal": False}], **options)
+
+
+def is_hidden_matrix(name, p):
+    """Whether Muon is meant for a weight of the UNet: a matrix or kernel, but neither of the ends nor the labels."""
+    return p.dim() >= 2 and not name.startswith(("conv_in.", "final_conv.", "label_embd."))
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al. 2024) for the groups with `orthogonal`, AdamW for the others.
+
+    The update of a matrix is its momentum with all singular values set to about 1, so that every direction is
+    learnt at the same speed, also those that the gradient hardly has. A convolution's kernel counts as the matrix
+    C_out x (C_in k k). Scaled as by Liu et al. 2025 ("Muon is scalable"): the mean square of an update is that of
+    AdamW's, so one learning rate and weight decay serve both.
+    """
+
+    MOMENTUM = 0.95
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"] if group["orthogonal"] else ():
+                if p.grad is not None:
+                    self._orthogonal_step(p, group["lr"], group["weight_decay"])
+                    p.grad = None  # done: AdamW passes over it
+        return super().step(closure)
+
+    def _orthogonal_step(self, p, lr, weight_decay):
+        state = self.state[p]
+        if not state:  # under AdamW's names, which its load_state_dict looks for
+            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
+        state["step"] += 1
+        momentum = state["exp_avg"].lerp_(p.grad, 1 - self.MOMENTUM)
+        update = p.grad.lerp(momentum, self.MOMENTUM)  # Nesterov's
+        update = orthogonalize(update.flatten(1))
+        p.mul_(1 - lr * weight_decay)
+        p.add_(update.view(p.shape), alpha=-lr * 0.2 * max(update.shape) ** 0.5)
+
+
+def orthogonalize(matrix):
+    """U V^T of the singular value decomposition U S V^T, roughly: M x N -> M x N, singular values 0.7 to 1.2.
+
+    Five steps of a Newton-Schulz iteration with Jordan's coefficients, which give up exactness for speed.
+    """
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x if matrix.shape[0] <= matrix.shape[1] else x.T).contiguous()

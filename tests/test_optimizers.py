@@ -1,0 +1,111 @@
+"""Muon against PyTorch's own (which takes matrices alone) and against a singular value decomposition."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import libs
+from helpers import SMALL
+from libs.config import DEFAULTS
+from libs.optimizers import Muon, build_optimizer, is_hidden_matrix, orthogonalize
+
+CFG = {**DEFAULTS["train_cfg"], "optimizer": "muon", "lr": 1e-2, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 144), (144, 16), (1, 40)])
+def test_orthogonalize_keeps_the_singular_vectors_and_levels_the_values(shape):
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    s = torch.linspace(1, 0.1, len(v))
+    out = orthogonalize(u @ s.diag() @ v)
+    levelled = u.T @ out @ v.T
+    assert (levelled - levelled.diag().diag()).abs().max() < 1e-4
+    assert levelled.diag().min() > 0.6 and levelled.diag().max() < 1.25
+
+
+def test_zero_gradient_is_no_nan():
+    assert torch.equal(orthogonalize(torch.zeros(4, 9)), torch.zeros(4, 9))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with PyTorch 2.9")
+@pytest.mark.parametrize("shape", [(32, 48), (48, 32)])
+def test_a_matrix_moves_as_with_pytorch_muon(shape):
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs, start = copy.deepcopy(ours), ours.detach().clone()
+    optimizers = [Muon([{"params": [ours], "orthogonal": True}], lr=1e-2, weight_decay=0.1),
+                  torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.1, momentum=0.95, nesterov=True,
+                                   adjust_lr_fn="match_rms_adamw")]
+    for _ in range(10):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    # PyTorch's iterates in bfloat16, which has 8 bits
+    assert (ours - theirs).norm() < 0.02 * (ours - start).norm()
+
+
+def test_the_size_of_an_update_is_adamws():
+    p = torch.nn.Parameter(torch.zeros(64, 32, 3, 3))
+    p.grad = torch.randn_like(p)
+    Muon([{"params": [p], "orthogonal": True}], lr=1e-2, weight_decay=0).step()
+    assert 0.2 * 1e-2 * 0.6 < p.detach().square().mean().sqrt() < 0.2 * 1e-2 * 1.25
+
+
+def test_vectors_and_both_ends_are_adamws():
+    """They move as with AdamW alone; every weight is in exactly one group."""
+    ours = libs.DDPM(**SMALL)
+    theirs = copy.deepcopy(ours)
+    optimizers = [build_optimizer(ours, CFG, torch.device("cpu")),
+                  build_optimizer(theirs, {**CFG, "optimizer": "adamw"}, torch.device("cpu"))]
+    groups = {g["orthogonal"]: g["params"] for g in optimizers[0].param_groups}
+    names = {id(p): name for name, p in ours.model.named_parameters()}
+    assert sorted(names) == sorted(id(p) for group in groups.values() for p in group)
+    assert {names[id(p)] for p in groups[False] if p.dim() > 1} == {
+        "conv_in.weight", "label_embd.embd.weight", "final_conv.2.weight"}
+    for _ in range(3):
+        for a, b in zip(ours.model.parameters(), theirs.model.parameters()):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for (name, a), b in zip(ours.model.named_parameters(), theirs.model.parameters()):
+        assert torch.equal(a, b) != is_hidden_matrix(name, a), name
+
+
+def test_its_state_can_be_saved_and_loaded(tmp_path):
+    def two_steps(model, optimizer, seed):
+        torch.manual_seed(seed)
+        for _ in range(2):
+            for p in model.model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+
+    model = libs.DDPM(**SMALL)
+    optimizer = build_optimizer(model, CFG, torch.device("cpu"))
+    two_steps(model, optimizer, 1)
+    libs.save_checkpoint({"optimizer": optimizer.state_dict()}, False, tmp_path, "x.pth.tar")
+    resumed = copy.deepcopy(model)
+    again = build_optimizer(resumed, CFG, torch.device("cpu"))
+    again.load_state_dict(torch.load(tmp_path / "x.pth.tar", weights_only=True)["optimizer"])
+    two_steps(model, optimizer, 2)
+    two_steps(resumed, again, 2)
+    for a, b in zip(model.parameters(), resumed.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_it_learns():
+    """A linear map whose inputs have very different scales: Muon is made for that."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 16) * torch.logspace(0, -2, 16)
+    target = x @ torch.randn(16, 16)
+    p = torch.nn.Parameter(torch.zeros(16, 16))
+    optimizer = Muon([{"params": [p], "orthogonal": True}], lr=0.1, weight_decay=0)
+    losses = []
+    for step in range(200):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 200)
+        loss = F.mse_loss(x @ p.T, target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.01 * losses[0]
