@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from libs import UsageError, build_model, load_config, sampling_options
+from libs import UsageError, load_config
 from libs.config import CODE, DEFAULTS, MODEL_OPTIONS, RULES, complete_config, portable
 
 ROOT = Path(CODE).parent
@@ -347,21 +347,3 @@ def test_cosine_schedule_with_eps_is_refused():
         load_config(MNIST, ["model.beta_schedule=cosine"])
     for prediction in ("v", "x0"):
         load_config(MNIST, ["model.beta_schedule=cosine", f"model.prediction={prediction}"])
-
-
-@pytest.mark.parametrize("sampler, steps, said", [("ddim", 21, "at most model.timesteps, 20"),
-                                                  ("ddpm", 5, "always takes all 20"), ("heun", 5, "DDPM has ddpm, ddim")])
-def test_sampling_that_cannot_work_is_refused_before_training(sampler, steps, said):
-    config = load_config(MNIST, ["model.timesteps=20", "model.dim=8", f"sample_cfg.sampler={sampler}",
-                                 f"sample_cfg.steps={steps}"])
-    with pytest.raises(UsageError, match=said):
-        build_model(config)
-
-
-def test_sampling_options_fill_in_what_is_not_said():
-    assert sampling_options(load_config(MNIST)) == {"sampler": "ddim", "steps": 50, "guidance_scale": 1.0}
-    assert sampling_options(load_config(MNIST, ["model.timesteps=20"]))["steps"] == 20
-    given = load_config(MNIST, ["sample_cfg.steps=7"])
-    assert sampling_options(given)["steps"] == 7
-    assert sampling_options(given, sampler="ddpm")["steps"] is None  # 7 was meant for another sampler
-    assert sampling_options(given, steps=9, guidance_scale=2.0) == {"sampler": "ddim", "steps": 9, "guidance_scale": 2.0}

@@ -7,6 +7,8 @@ from torch import nn
 
 from helpers import SMALL
 from libs import DDIM, DDPM, UsageError
+from libs.samplers import image_generator
+
 
 def small(kind=DDIM, **options):
     return kind(**{**SMALL, **options}).eval()
@@ -14,11 +16,12 @@ def small(kind=DDIM, **options):
 
 # ---- one step after the other against diffusers
 
+@pytest.mark.parametrize("eta, clip", [(0.0, False), (0.0, True), (0.4, False), (1.0, True)])
 @pytest.mark.parametrize("prediction, theirs", [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")])
-def test_steps_agree_with_diffusers(diffusers, prediction, theirs):
+def test_steps_agree_with_diffusers(diffusers, prediction, theirs, eta, clip):
     # 41 timesteps, every 5th: the only spacing both can have, 40, 35, ..., 0 and then the image
     model = small(timesteps=41, prediction=prediction)
-    scheduler = diffusers.DDIMScheduler(41, 1e-4, 0.02, "linear", clip_sample=False, set_alpha_to_one=True,
+    scheduler = diffusers.DDIMScheduler(41, 1e-4, 0.02, "linear", clip_sample=clip, set_alpha_to_one=True,
                                         prediction_type=theirs)
     scheduler.alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)
     scheduler.num_inference_steps = 41 // 5  # step() goes back 41 // this = 5
@@ -29,14 +32,17 @@ def test_steps_agree_with_diffusers(diffusers, prediction, theirs):
         t = torch.full((2,), i)
         with torch.no_grad():
             out = model.model(x, label, t)
-        expected = scheduler.step(out, i, x, eta=0.0).prev_sample.float()
-        x = model.p_sample(x, label, t, i, t_next=i_next)
+        noise = torch.randn_like(x)
+        expected = scheduler.step(out, i, x, eta=eta, use_clipped_model_output=clip,
+                                  variance_noise=noise).prev_sample.float()
+        x = model.p_sample(x, label, t, i, t_next=i_next, eta=eta, clip=clip, generator=lambda step, shape: noise)
         assert torch.allclose(x, expected, rtol=1e-5, atol=1e-5), i
 
 
 @pytest.mark.parametrize("schedule", ["linear", "quadratic", "cosine"])
-@pytest.mark.parametrize("steps", [1, 2, 7, 50, 333])
-def test_any_spacing_agrees_with_diffusers(diffusers, schedule, steps):
+@pytest.mark.parametrize("steps, spacing, eta", [(1, "uniform", 0.0), (2, "uniform", 0.5), (7, "quadratic", 0.0),
+                                                 (50, "uniform", 0.0), (50, "quadratic", 1.0), (333, "uniform", 0.0)])
+def test_any_spacing_agrees_with_diffusers(diffusers, schedule, steps, spacing, eta):
     # a choice of timesteps is a schedule of its own: give that to diffusers, to be walked one by one
     model = small(timesteps=1000, beta_schedule=schedule, prediction="v", img_shape=(1, 4, 4), attn_levels=())
     beta = {"linear": np.linspace(1e-4, 0.02, 1000),
@@ -44,7 +50,7 @@ def test_any_spacing_agrees_with_diffusers(diffusers, schedule, steps):
     if schedule == "cosine":
         f = np.cos((np.linspace(0, 1, 1001) + 0.008) / 1.008 * np.pi / 2) ** 2
         beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
-    timesteps = model.ddim_timesteps(steps)
+    timesteps = model.ddim_timesteps(steps, spacing)
     scheduler = diffusers.DDIMScheduler(steps, clip_sample=False, set_alpha_to_one=True,
                                         prediction_type="v_prediction", beta_schedule="linear")
     scheduler.alphas_cumprod = torch.tensor(np.cumprod(1 - beta)[timesteps[::-1]])
@@ -55,10 +61,14 @@ def test_any_spacing_agrees_with_diffusers(diffusers, schedule, steps):
     for k, i in enumerate(timesteps):
         with torch.no_grad():
             out = model.model(x, label, torch.tensor([i]))
-        x = scheduler.step(out, steps - 1 - k, x).prev_sample.float()
+        fresh = torch.randn(noise.shape, generator=torch.Generator().manual_seed(i))
+        x = scheduler.step(out, steps - 1 - k, x, eta=eta, variance_noise=fresh).prev_sample.float()
         seen.append(x)
     ours = []
-    model.sample(label, steps=steps, noise=noise, callback=lambda step, total, x: ours.append(x))
+    model.sample(label, steps=steps, spacing=spacing, eta=eta, noise=noise,
+                 callback=lambda step, total, x: ours.append(x),
+                 # `step` is the number of the timestep, from the noisiest on
+                 generator=lambda step, shape: torch.randn(shape, generator=torch.Generator().manual_seed(1000 - step)))
     assert len(ours) == len(seen) == steps
     # v keeps errors small: nothing is divided by sqrt(abar)
     for a, b in zip(ours, seen):
@@ -122,12 +132,13 @@ def test_many_steps_meet_the_exact_flow():
 
 # ---- number of steps
 
-def test_every_number_of_steps_runs():
+@pytest.mark.parametrize("options", [{}, {"spacing": "quadratic"}, {"eta": 1.0}, {"eta": 0.3, "spacing": "quadratic"}])
+def test_every_number_of_steps_runs(options):
     model = small(timesteps=12)
     labels = torch.tensor([0, 3])
     for steps in range(1, 13):
         count = []
-        images = model.p_sample_loop(labels, steps=steps, callback=lambda k, n, x: count.append((k, n)))
+        images = model.p_sample_loop(labels, steps=steps, callback=lambda k, n, x: count.append((k, n)), **options)
         assert count == [(k, steps) for k in range(1, steps + 1)]
         assert images.shape == (2, 1, 8, 8) and torch.isfinite(images).all()
         assert images.min() >= 0 and images.max() <= 1
@@ -143,6 +154,21 @@ def test_timesteps_are_distinct_and_even(T):
         assert steps == 1 or timesteps[-1] == 0
         assert all(type(t) is int for t in timesteps)
         assert steps == 1 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
+
+
+@pytest.mark.parametrize("T", [1, 2, 13, 50, 100, 1000])
+def test_quadratic_timesteps(T):
+    model = small(timesteps=T)
+    for steps in range(1, T + 1) if T <= 100 else (1, 2, 3, 50, 333, 999, 1000):
+        timesteps = model.ddim_timesteps(steps, "quadratic")
+        assert len(set(timesteps)) == len(timesteps) == steps and timesteps == sorted(timesteps, reverse=True)
+        assert timesteps[0] == T - 1 and (steps == 1 or timesteps[-1] == 0)
+        exact = [(T - 1) * (i / max(steps - 1, 1)) ** 2 for i in reversed(range(steps))]
+        # off only where squares are nearer than two timesteps can be
+        assert all(abs(t - e) <= 0.5 or t == steps - 1 - k > e for k, (t, e) in enumerate(zip(timesteps, exact))
+                   if steps > 1)
+    if T == 1000:
+        assert model.ddim_timesteps(11, "quadratic") == [999, 809, 639, 490, 360, 250, 160, 90, 40, 10, 0]
 
 
 @pytest.mark.parametrize("steps", [0, -3, 51, 1000])
@@ -167,6 +193,58 @@ def test_step_down_to_the_next_timestep_by_default():
 
 
 # ---- the relation to DDPM
+
+@pytest.mark.parametrize("schedule, prediction, T", [("linear", "eps", 50), ("linear", "v", 1000),
+                                                     ("quadratic", "x0", 1000), ("cosine", "v", 1000)])
+def test_eta_1_over_all_timesteps_is_algorithm_2(schedule, prediction, T):
+    """With the same noise, and the smaller of DDPM's two variances: beta-tilde of eq. 7, not beta."""
+    ddpm = small(DDPM, timesteps=T, beta_schedule=schedule, prediction=prediction, img_shape=(1, 4, 4), attn_levels=())
+    ddim, label = DDIM.from_ddpm(ddpm), torch.tensor([0, 3])
+    for i in {0, 1, 2, 5, T // 4, T // 2, T - 2, T - 1}:
+        x, t = torch.randn(2, 1, 4, 4), torch.full((2,), i)
+
+        def step(model, value=None, **options):
+            noise = (lambda step, shape: torch.full(shape, value)) if value is not None else \
+                torch.Generator().manual_seed(i)
+            return model.p_sample(x, label, t, i, generator=noise, **options)
+
+        expected = step(ddpm)
+        assert torch.allclose(step(ddim, eta=1.0), expected, rtol=0, atol=1e-5 * max(1, expected.abs().max())), i
+        std = (step(ddim, 1e3, eta=1.0) - step(ddim, 0.0, eta=1.0)) / 1e3
+        assert torch.allclose(std ** 2, ddpm.posterior_variance[i], rtol=1e-3, atol=1e-9)
+        if i in (1, 2, 5):  # where the two differ most
+            assert ((std ** 2 / ddpm.betas[i] - 1).abs() > 0.1).all()
+
+    # and so the whole way, up to rounding that a network of random weights carries on
+    ddpm.postprocess = ddim.postprocess = lambda x: x
+    a, b = (model.sample(label, sampler, T, generator=image_generator(0, range(2)), **options)
+            for model, sampler, options in ((ddpm, "ddpm", {}), (ddim, "ddim", {"eta": 1.0})))
+    assert torch.allclose(a, b, rtol=0, atol=1e-3 * a.abs().max())
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_a_state_keeps_its_variance(eta):
+    # data N(0, 1): the exact x0 is sqrt(abar) x, and eq. 12 keeps the variance of x_t at 1 whatever eta is
+    model = small(img_shape=(1, 32, 32))
+    model.predict = lambda x, label, t, scale: (model._signal_noise(x, t)[1] * x, model._signal_noise(x, t)[0] * x)
+    x, stds = torch.randn(16, 1, 32, 32), []
+    for i in reversed(range(1, 50)):
+        x = model.p_sample(x, torch.zeros(16, dtype=torch.long), torch.full((16,), i), i, eta=eta)
+        stds.append(x.std().item())
+    assert all(abs(s - 1) < 0.05 for s in stds), stds
+    assert eta > 0 or np.allclose(stds, stds[0], rtol=0.01)
+
+
+def test_eta_1_forgets_and_eta_0_does_not():
+    model, labels = small(timesteps=200, scale_betas=True), torch.tensor([0, 1])
+    noise = torch.randn(2, 1, 8, 8)
+
+    def draw(seed, eta):
+        return model.p_sample_loop(labels, steps=20, noise=noise, eta=eta,
+                                   generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(draw(1, 0.0), draw(2, 0.0)) and torch.equal(draw(1, 1.0), draw(1, 1.0))
+    assert not torch.equal(draw(1, 1.0), draw(2, 1.0)) and not torch.equal(draw(1, 0.2), draw(1, 1.0))
 
 def test_deterministic_given_the_noise():
     model, labels, noise = small(), torch.tensor([0, 1]), torch.randn(2, 1, 8, 8)

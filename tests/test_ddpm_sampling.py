@@ -66,6 +66,25 @@ def test_p_sample_agrees_with_diffusers(diffusers, schedule, name, prediction, t
         assert torch.allclose(got, expected.float(), rtol=1e-6, atol=2e-6), t_index
 
 
+@pytest.mark.parametrize("prediction, theirs", [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")])
+def test_clipped_p_sample_agrees_with_diffusers(diffusers, prediction, theirs):
+    scheduler = reference(diffusers, "linear", 1000, theirs)
+    scheduler.register_to_config(clip_sample=True, clip_sample_range=1.0)
+    model = small(timesteps=1000, prediction=prediction)
+    label, clipped = torch.tensor([0, 1]), 0
+    with torch.no_grad():
+        model.model.final_conv[-1].weight *= 4  # so that x0 leaves [-1, 1] whatever is predicted
+    for t_index in (0, 1, 10, 100, 500, 999):
+        x, t = torch.randn(2, 1, 8, 8), torch.full((2,), t_index)
+        with torch.no_grad():
+            out = model.model(x, label, t)
+            clipped += (model.predict(x, label, t)[1].abs() > 1).sum()
+        expected = scheduler.step(out, t_index, x, generator=torch.Generator().manual_seed(t_index)).prev_sample
+        got = model.p_sample(x, label, t, t_index, generator=torch.Generator().manual_seed(t_index), clip=True)
+        assert torch.allclose(got, expected.float(), rtol=1e-5, atol=1e-5), t_index
+    assert clipped > 50
+
+
 @pytest.mark.parametrize("t_index", [1, 10, 49])
 def test_p_sample_mean_and_variance(t_index):
     model = small()
@@ -204,8 +223,8 @@ def test_label_outside_the_classes(label):
 
 def test_wrong_sampler_and_steps():
     model, labels = small(timesteps=5), torch.tensor([0])
-    with pytest.raises(UsageError, match="'heun'.*ddpm, ddim"):
-        model.sample(labels, "heun")
+    with pytest.raises(UsageError, match="'heum'.*ddpm, ddim, heun, euler.*did you mean heun"):
+        model.sample(labels, "heum")
     with pytest.raises(UsageError, match="steps.*all 5, not 3"):
         model.sample(labels, "ddpm", steps=3)
     model.sample(labels, "ddpm", steps=5)

@@ -10,6 +10,7 @@ import yaml
 from .datasets import KNOWN
 from .ddpm import PREDICTIONS, SCHEDULES
 from .errors import UsageError
+from .samplers import DEFAULT_STEPS, SPACINGS
 
 # relative paths in a config are taken from this folder, code/, wherever a command is started
 CODE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -28,6 +29,7 @@ DEFAULTS = {
         "split": "train",
         "data_folder": "../data",
         "img_size": None,  # side of the square images; None: the data's own, 128 for photographs
+        "limit": None,  # train on so many images, spread over the set; None: all
     },
     "loader": {
         "batch_size": 64,
@@ -57,17 +59,31 @@ DEFAULTS = {
         "num_eval_samples": 10,  # images per class in a sample grid
         "warmup": 0,  # updates over which the learning rate rises to lr
         "lr_schedule": "constant",  # or "cosine" or "linear": down to zero at the last update
-        "optimizer": "adamw",  # or "muon": AdamW for the vectors, orthogonal updates for the matrices
+        "optimizer": "adamw",  # or "muon": orthogonal updates for the convolutions, AdamW for the rest
         "betas": [0.9, 0.999],  # AdamW's
         "weight_decay": 0.01,
         "clip_grad_norm": 1.0,  # None: gradients as they are
+        "accumulate": 1,  # parts in which a batch goes through the network, where it is too large for the memory
+        "compile": None,  # torch.compile; None: on a GPU
         "ema_decay": 0.999,  # approached as (1 + n) / (10 + n) over the first updates n
         "keep_last": None,  # how many checkpoints to keep; None: all
     },
-    "sample_cfg": {  # for the grids
-        "sampler": None,  # None: "ddim" for DDPM and DDIM, "heun" for EDM
-        "steps": None,  # None: the sampler's default
+    "eval": {  # numbers while training, onto the board; evaluate.py makes more of them
+        "every": None,  # epochs between two; None: none
+        "num": 1000,  # images; numbers of another `num` are not comparable
+        "features": None,  # None: "classifier" for MNIST, else "inception"; or "autoencoder"
+    },
+    "sample_cfg": {  # for the grids; None is the sampler's default
+        # DDPM and DDIM: "ddpm", "ddim" (their default); all: "heun" (EDM's), "euler", "euler_ancestral", "dpmpp_2m"
+        "sampler": None,
+        "steps": None,  # see samplers.DEFAULT_STEPS
         "guidance_scale": 1.0,  # above 1 needs model.label_dropout
+        "guidance_interval": None,  # [sigma_lo, sigma_hi]: guide at these noise levels only; None: at all
+        # keep predicted pixels in [-1, 1]; None: true for DDPM and DDIM in pixels, except with "ddpm"; false for EDM
+        "clip": None,
+        "eta": None,  # new noise in each step, 0 to 1: of "ddim" (default 0), "euler_ancestral" (1)
+        "spacing": None,  # of "ddim": "uniform" (default) or "quadratic" timesteps
+        "S_churn": None, "S_min": None, "S_max": None, "S_noise": None,  # of "heun": EDM's Algorithm 2 (default: none)
     },
 }
 
@@ -151,10 +167,12 @@ def optional(rule):
 
 
 RULES = {
-    "devices": list_of(device()), "dtype": one_of("auto", "bf16", "fp16", "fp32"), "seed": integer(0, 2 ** 32 - 1),
+    "devices": list_of(device()), "dtype": one_of("auto", "bf16", "fp16", "fp32", "fp64"),
+    "seed": integer(0, 2 ** 32 - 1),
     "model_name": one_of(*MODEL_OPTIONS), "output_folder": text(),
     "dataset.name": one_of(*KNOWN), "dataset.split": one_of("train", "test", "val"),
     "dataset.data_folder": text(), "dataset.img_size": optional(integer(8)),
+    "dataset.limit": optional(integer(2)),
     "loader.batch_size": integer(1), "loader.num_workers": integer(0),
     "model.img_shape": optional(list_of(integer(1), 3)), "model.num_classes": optional(integer(1)),
     "model.timesteps": integer(1), "model.dim": integer(8), "model.context_dim": integer(1),
@@ -171,10 +189,17 @@ RULES = {
     "train_cfg.warmup": integer(0), "train_cfg.lr_schedule": one_of("constant", "cosine", "linear"),
     "train_cfg.optimizer": one_of("adamw", "muon"), "train_cfg.betas": list_of(number(0, 0.99999), 2),
     "train_cfg.weight_decay": number(0),
+    "train_cfg.accumulate": integer(1), "train_cfg.compile": optional(boolean()),
     "train_cfg.clip_grad_norm": optional(number(above=0)), "train_cfg.ema_decay": number(0, 0.999999),
     "train_cfg.keep_last": optional(integer(1)),
-    "sample_cfg.sampler": optional(text()), "sample_cfg.steps": optional(integer(1)),
-    "sample_cfg.guidance_scale": number(0),
+    "eval.every": optional(integer(1)), "eval.num": integer(10),
+    "eval.features": optional(one_of("classifier", "inception", "autoencoder")),
+    "sample_cfg.sampler": optional(one_of(*DEFAULT_STEPS)), "sample_cfg.steps": optional(integer(1)),
+    "sample_cfg.guidance_scale": number(0), "sample_cfg.guidance_interval": optional(list_of(number(0), 2)),
+    "sample_cfg.clip": optional(boolean()), "sample_cfg.eta": optional(number(0, 1)),
+    "sample_cfg.spacing": optional(one_of(*SPACINGS)), "sample_cfg.S_churn": optional(number(0)),
+    "sample_cfg.S_min": optional(number(0)), "sample_cfg.S_max": optional(number(0)),
+    "sample_cfg.S_noise": optional(number(0)),
 }
 
 
@@ -280,7 +305,8 @@ def _check_value(key, value):
     try:
         return check(value)
     except (ValueError, TypeError, OverflowError):
-        near = _nearest(value, wanted[7:].split(", ")) if wanted.startswith("one of ") else None
+        _, choice, words = wanted.partition("one of ")
+        near = _nearest(value, words.split(", ")) if choice else None
         raise UsageError(f"config: {key} is {value!r}; it must be {wanted}"
                          + (f" (did you mean {near}?)" if near else "")) from None
 

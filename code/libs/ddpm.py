@@ -8,6 +8,7 @@ import torch
 
 from .diffusion import Diffusion
 from .errors import UsageError
+from .samplers import ddim_step, ddim_timesteps, draw_noise
 
 PREDICTIONS = ("eps", "v", "x0")
 
@@ -47,7 +48,7 @@ class DDPM(Diffusion):
             is the plain squared error of `prediction`.
     """
 
-    SAMPLERS = {"ddpm": "ancestral", "ddim": "ddim"}
+    SAMPLERS = {"ddpm": "ancestral", "ddim": "ddim", **Diffusion.SAMPLERS}
 
     def __init__(self, img_shape=(3, 32, 32), timesteps=100, dim=64, context_dim=64, num_classes=10,
                  dim_mults=(1, 2, 4), attn_levels=(0, 1), use_vae=False, vae_encoder_weights=None,
@@ -142,7 +143,7 @@ class DDPM(Diffusion):
     def losses(self, x_start, label, t, noise):
         """Algorithm 1, lines 2 to 5, for each image: B."""
         x_t = self.q_sample(x_start, t, noise)
-        out = self.model(x_t, label, t).float()
+        out = self.model(x_t, label, t).to(x_t.dtype)
         if self.prediction == "eps":
             target = noise
         elif self.prediction == "v":
@@ -154,47 +155,110 @@ class DDPM(Diffusion):
     # ---- reverse process
 
     def predict(self, x, label, t, guidance_scale=1.0):
-        """(eps, x0) as the network sees them in x_t; each B x C x H x W, fp32."""
-        out = self.guided(x, label, t, guidance_scale).float()
+        """(eps, x0) as the network sees them in x_t; each B x C x H x W, in the precision of x."""
+        out = self.guided(x, label, t, guidance_scale).to(x.dtype)
         if self.prediction == "eps":
             return out, self.predict_start_from_noise(x, t, out)
         if self.prediction == "v":
             return self.predict_noise_from_v(x, t, out), self.predict_start_from_v(x, t, out)
         return self.predict_noise_from_start(x, t, out), out
 
+    def predict_clipped(self, x, label, t, guidance_scale=1.0):
+        """The same, x0 kept in [-1, 1], where pixels are, and the eps that belongs to it."""
+        x0 = self.predict(x, label, t, guidance_scale)[1].clamp(-1, 1)
+        return self.predict_noise_from_start(x, t, x0), x0
+
     @torch.no_grad()
-    def p_sample(self, x, label, t, t_index, guidance_scale=1.0, generator=None):
+    def p_sample(self, x, label, t, t_index, guidance_scale=1.0, generator=None, clip=False):
         """One step of Algorithm 2: draw x_{t-1} given x_t.
 
         x: B x C x H x W, label: B, t: B (long, all equal to t_index), t_index: int.
         The mean is eq. 11, the variance beta-tilde of eq. 7; no noise at t_index 0.
+        generator: see samplers.draw_noise; clip: use `predict_clipped`, which is not in Algorithm 2.
         """
-        eps, _ = self.predict(x, label, t, guidance_scale)
+        eps, _ = (self.predict_clipped if clip else self.predict)(x, label, t, guidance_scale)
         beta = self._extract(self.betas, t, x)
         mean = self._extract(self.sqrt_recip_alphas, t, x) * (
             x - beta / self._extract(self.sqrt_one_minus_alphas_cumprod, t, x) * eps
         )
         if t_index == 0:
             return mean
-        noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+        noise = draw_noise(generator, self.timesteps - t_index, x)
         return mean + self._extract(self.posterior_variance, t, x).sqrt() * noise
 
-    def ancestral(self, x, labels, steps=None, guidance_scale=1.0, generator=None, callback=None):
-        """Algorithm 2 from x_T = x down to x_0, in the model's space."""
-        if steps not in (None, self.timesteps):
-            raise UsageError(f"steps: ddpm always takes all {self.timesteps}, not {steps}; ddim takes fewer")
+    def ancestral(self, x, labels, plan, generator=None, callback=None, step=None):
+        """Algorithm 2 from x_T = x down to x_0, in the model's space. step: in place of `p_sample`."""
+        step = step or self.p_sample
+        options = {"clip": True} if plan.clip else {}
+        sigmas = self.sigmas.tolist()
         for i in reversed(range(self.timesteps)):
             t = torch.full((len(x),), i, device=x.device, dtype=torch.long)
-            x = self.p_sample(x, labels, t, i, guidance_scale, generator)
+            x = step(x, labels, t, i, plan.scale(sigmas[i]), generator, **options)
             if callback:
                 callback(self.timesteps - i, self.timesteps, x)
         return x
 
-    def ddim(self, x, labels, steps=None, guidance_scale=1.0, generator=None, callback=None):
-        """The same network sampled by DDIM: tens of calls instead of `timesteps`."""
-        from .ddim import DDIM  # DDIM is built on this class
+    def ddim_step(self, x, label, t, t_index, t_next, guidance_scale=1.0, generator=None, eta=0.0, clip=False):
+        """One DDIM step (Song et al. 2020, see samplers.ddim_step) from t_index to t_next, -1 being the image."""
+        eps, x0 = (self.predict_clipped if clip else self.predict)(x, label, t, guidance_scale)
+        level, level_next = ((self.sqrt_alphas_cumprod[i], self.sqrt_one_minus_alphas_cumprod[i]) if i >= 0
+                             else (1.0, 0.0) for i in (t_index, t_next))
+        noise = draw_noise(generator, self.timesteps - t_index, x) if eta > 0 and t_next >= 0 else None
+        return ddim_step(x0, eps, level, level_next, eta, noise)
 
-        return DDIM.from_ddpm(self).ddim(x, labels, steps, guidance_scale, generator, callback)
+    def ddim(self, x, labels, plan, generator=None, callback=None):
+        """DDIM from x_T = x down to x_0: the same network, tens of calls instead of `timesteps`."""
+        timesteps = ddim_timesteps(self.timesteps, plan.steps, plan.options.get("spacing", "uniform"))
+        sigmas = self.sigmas.tolist()
+        for k, (i, i_next) in enumerate(zip(timesteps, timesteps[1:] + [-1])):
+            t = torch.full((len(x),), i, device=x.device, dtype=torch.long)
+            x = self.ddim_step(x, labels, t, i, i_next, plan.scale(sigmas[i]), generator,
+                               plan.options.get("eta", 0.0), plan.clip)
+            if callback:
+                callback(k + 1, plan.steps, x)
+        return x
+
+    # ---- the same model as a denoiser, for every solver of samplers.py
+
+    @property
+    def sigmas(self):
+        """Noise level of each timestep, T, where the image has scale 1: x_t / sqrt(abar) = x_0 + sigma * noise."""
+        return self.sqrt_one_minus_alphas_cumprod / self.sqrt_alphas_cumprod
+
+    @property
+    def sigma_range(self):
+        sigmas = self.sigmas
+        return float(sigmas[0]), float(sigmas[-1]), 7.0
+
+    def scale_noise(self, x, sigma_max):
+        """x_T = x, scaled as the solvers have it: by 1 / sqrt(abar)."""
+        return (1 + sigma_max ** 2) ** 0.5 * x
+
+    def sigma_to_time(self, sigma):
+        """The timestep with this noise level, B -> B: fractional, by interpolation in log sigma; at most T - 1."""
+        if self.timesteps == 1:
+            return torch.zeros_like(sigma)
+        table = self.sigmas.log().to(sigma.dtype)
+        log_sigma = sigma.log().clamp(table[0], table[-1])
+        above = torch.searchsorted(table, log_sigma).clamp(1, self.timesteps - 1)
+        lo, hi = table[above - 1], table[above]
+        return above - 1 + (log_sigma - lo) / (hi - lo)
+
+    def denoise(self, x, sigma, label, guidance_scale=1.0):
+        """D(x; sigma) as in EDM: the estimate of the noiseless image.
+
+        x: B x C x H x W, image plus noise of standard deviation sigma; sigma: B or a number; label: B.
+        """
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
+        time = self.sigma_to_time(sigma)
+        sigma = sigma[:, None, None, None]
+        scale = (1 + sigma ** 2).sqrt()  # 1 / sqrt(abar)
+        out = self.guided(x / scale, label, time, guidance_scale).to(x.dtype)
+        if self.prediction == "eps":
+            return x - sigma * out
+        if self.prediction == "v":
+            return x / scale ** 2 - sigma / scale * out
+        return out
 
     def p_sample_loop(self, labels, **options):
         """Algorithm 2: draw one image per label, B -> B x C x H x W in [0, 1].

@@ -7,8 +7,6 @@ every noise level. Equation and table numbers are of arXiv 2206.00364.
 import torch
 
 from .diffusion import Diffusion
-from .errors import UsageError
-from .samplers import heun, karras_sigmas
 
 
 class EDM(Diffusion):
@@ -23,9 +21,6 @@ class EDM(Diffusion):
     Training's noise levels are `timesteps` equally likely quantiles of that log-normal: t = 0 is the
     lowest, as in DDPM, so that both take the same arguments and the same plots.
     """
-
-    SAMPLERS = {"heun": "heun"}
-    DEFAULT_STEPS = 18
 
     def __init__(self, img_shape=(3, 32, 32), timesteps=1000, dim=64, context_dim=64, num_classes=10,
                  dim_mults=(1, 2, 4), attn_levels=(0, 1), use_vae=False, vae_encoder_weights=None,
@@ -57,10 +52,10 @@ class EDM(Diffusion):
 
         x: B x C x H x W, image plus noise of standard deviation sigma; sigma: B or a number; label: B.
         """
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         c_skip, c_out, c_in, c_noise = (c[:, None, None, None] for c in self.preconditioning(sigma))
         # the sinusoidal embedding tells times of the order of 1000 apart; c_noise is of the order of 1
-        F_x = self.guided(c_in * x, label, 1000 * c_noise.flatten(), guidance_scale).float()
+        F_x = self.guided(c_in * x, label, 1000 * c_noise.flatten(), guidance_scale).to(x.dtype)
         return c_skip * x + c_out * F_x
 
     # ---- training
@@ -72,16 +67,11 @@ class EDM(Diffusion):
         weight = (sigma ** 2 + self.sigma_data ** 2) / (sigma * self.sigma_data) ** 2
         return weight * (D_x - x_start).pow(2).flatten(1).mean(1)
 
-    # ---- sampling
+    # ---- sampling: `sample` (in diffusion.py) walks from sigma_max down to 0
 
-    def heun(self, x, labels, steps=None, guidance_scale=1.0, generator=None, callback=None):
-        """Algorithm 1 from standard normal noise x to x_0, in the model's space. Deterministic."""
-        steps = self.DEFAULT_STEPS if steps is None else steps
-        if steps < 1:
-            raise UsageError(f"steps: {steps} is too few; 1 is the least")
-        sigmas = karras_sigmas(steps, self.sigma_min, self.sigma_max, self.rho)
-        return heun(lambda x, sigma: self.denoise(x, sigma, labels, guidance_scale),
-                    x * float(sigmas[0]), sigmas, callback)
+    @property
+    def sigma_range(self):
+        return self.sigma_min, self.sigma_max, self.rho
 
     def p_sample_loop(self, labels, **options):
         """Draw one image per label, B -> B x C x H x W in [0, 1]. Options: `steps` and those of `sample`."""

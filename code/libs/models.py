@@ -6,41 +6,38 @@ from .ddim import DDIM
 from .ddpm import DDPM
 from .edm import EDM
 from .errors import UsageError
+from .samplers import OPTIONS, default_steps
 
 MODELS = {"DDPM": DDPM, "DDIM": DDIM, "EDM": EDM}
 GRID_SAMPLER = {"DDPM": "ddim", "DDIM": "ddim", "EDM": "heun"}
-DEFAULT_STEPS = {"ddim": DDIM.DEFAULT_STEPS, "heun": EDM.DEFAULT_STEPS}
 
 
 def build_model(config):
     """The model that a configuration describes, on the CPU. Raises UsageError when it cannot be."""
-    kind = MODELS[config["model_name"]]
-    model = kind(**config["model"])
-    sampling = sampling_options(config)
-    if sampling["sampler"] not in kind.SAMPLERS:
-        raise UsageError(f"config: sample_cfg.sampler is {sampling['sampler']!r}; {config['model_name']} has "
-                         f"{', '.join(kind.SAMPLERS)}")
-    steps, timesteps = sampling["steps"], config["model"]["timesteps"]
-    if steps and sampling["sampler"] == "ddim" and steps > timesteps:
-        raise UsageError(f"config: sample_cfg.steps is {steps}; it must be at most model.timesteps, {timesteps}")
-    if steps and sampling["sampler"] == "ddpm" and steps != timesteps:
-        raise UsageError(f"config: sample_cfg.steps is {steps}, but the sampler ddpm always takes all {timesteps}; "
-                         "ddim takes fewer")
+    model = MODELS[config["model_name"]](**config["model"])
+    try:
+        model.plan(**sampling_options(config))
+    except UsageError as e:
+        raise UsageError(f"config: sample_cfg.{e}") from None
     return model
 
 
 def sampling_options(config, **given):
-    """Keyword arguments of `Diffusion.sample`: the configuration's, under those given that are not None."""
+    """Keyword arguments of `Diffusion.sample`: the configuration's, under those given that are not None.
+
+    Those that neither settles are left to the sampler, but for `steps`, so that it can be said which are meant.
+    """
     options = dict(config["sample_cfg"])
     options["sampler"] = options["sampler"] or GRID_SAMPLER[config["model_name"]]
-    if given.get("sampler") not in (None, options["sampler"]):
-        options["steps"] = None  # meant for another sampler
+    if given.get("sampler") not in (None, options["sampler"]):  # these were meant for another sampler
+        options |= dict.fromkeys(["steps", *OPTIONS])
     options |= {k: v for k, v in given.items() if v is not None}
-    if options["steps"] is None and options["sampler"] in DEFAULT_STEPS:
-        options["steps"] = DEFAULT_STEPS[options["sampler"]]
-        if options["sampler"] == "ddim":
-            options["steps"] = min(options["steps"], config["model"]["timesteps"])
-    return options
+    if options["steps"] is None:
+        options["steps"] = default_steps(options["sampler"], config["model"]["timesteps"])
+    pixels = config["model_name"] != "EDM" and not config["model"]["use_vae"]
+    if options["clip"] is None and pixels and options["sampler"] != "ddpm":  # Algorithm 2 has no clipping
+        options["clip"] = True
+    return {k: v for k, v in options.items() if v is not None or k == "steps"}
 
 
 def load_model(path, ema=True):
@@ -48,7 +45,11 @@ def load_model(path, ema=True):
 
     ema: take the averaged weights. Raises UsageError for a file that is no such checkpoint.
     """
-    state = load_checkpoint(path)
+    return model_from(load_checkpoint(path), path, ema)
+
+
+def model_from(state, path, ema=True):
+    """`load_model` for the `state` that was read from `path`."""
     config = complete_config(state["config"])
     model = build_model(config)
     key = "state_dict_ema" if ema else "state_dict"

@@ -1,11 +1,105 @@
-"""Solvers of the probability-flow ODE over one narrow call: denoise(x, sigma) -> D.
+"""From noise to an image, for every model: the solvers, DDIM's formulas, and what a sampler may be asked.
 
-x = x_0 + sigma * noise, and D is the estimate of x_0 that minimises the squared error. Karras et al. 2022
-(arXiv 2206.00364), whose symbols these are. Any model with such a `denoise` can be sampled by any of them.
+Solvers know a model by one narrow call: denoise(x, sigma) -> D. There x = x_0 + sigma * noise, and D is the estimate
+of x_0 that minimises the squared error. Symbols are those of Karras et al. 2022 (arXiv 2206.00364).
 """
+
+import math
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 import torch
 
+from .errors import UsageError
+from .seeds import image_noise
+
+# every sampler, with its steps when none are given; DDPM's Algorithm 2 has no choice
+DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "heun": 18, "euler": 50, "euler_ancestral": 50, "dpmpp_2m": 20}
+SPACINGS = ("uniform", "quadratic")
+
+# option -> samplers that take it; the functions below have its meaning and its default
+OPTIONS = {"eta": ("ddim", "euler_ancestral"), "spacing": ("ddim",),
+           "S_churn": ("heun",), "S_min": ("heun",), "S_max": ("heun",), "S_noise": ("heun",)}
+
+
+def default_steps(sampler, timesteps):
+    """Steps that a sampler takes when none are given; None where it has no choice or is not known."""
+    steps = DEFAULT_STEPS.get(sampler)
+    return min(steps, timesteps) if sampler == "ddim" else steps
+
+
+def nearest(word, words):
+    """ "; did you mean ...?" where one of `words` is close, else nothing."""
+    near = get_close_matches(str(word), words, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of one way to draw, as `Diffusion.plan` has checked them."""
+
+    sampler: str
+    steps: int
+    guidance_scale: float = 1.0
+    guidance_interval: tuple = None  # (sigma_lo, sigma_hi); None: guided at every noise level
+    clip: bool = False
+    options: dict = field(default_factory=dict)  # of the sampler's own
+
+    def __post_init__(self):
+        if not 0 <= self.guidance_scale < math.inf:
+            raise UsageError(f"guidance_scale: {self.guidance_scale} is no number from 0 up")
+        if self.guidance_interval is not None:
+            lo, hi = self.guidance_interval
+            if not 0 <= lo < hi:
+                raise UsageError(f"guidance_interval: {list(self.guidance_interval)} is no [sigma_lo, sigma_hi] with "
+                                 "0 <= sigma_lo < sigma_hi")
+        for name, value in self.options.items():
+            self._check_option(name, value)
+
+    def _check_option(self, name, value):
+        if name not in OPTIONS:
+            raise UsageError(f"{name}: no sampler has this option{nearest(name, OPTIONS)}")
+        if self.sampler not in OPTIONS[name]:
+            takers = OPTIONS[name]
+            raise UsageError(f"{name}: the sampler {self.sampler} does not take it; {', '.join(takers)} "
+                             + ("do" if len(takers) > 1 else "does"))
+        if name == "spacing":
+            if value not in SPACINGS:
+                raise UsageError(f"spacing: {value!r} is none of {', '.join(SPACINGS)}"
+                                 + nearest(value, SPACINGS))
+        elif name == "eta" and not 0 <= value <= 1:
+            raise UsageError(f"eta: {value} is not between 0 and 1")
+        elif not value >= 0:
+            raise UsageError(f"{name}: {value} is no number from 0 up")
+
+    def scale(self, sigma):
+        """The guidance scale at noise level sigma: 1 outside the interval (Kynkaanniemi et al., arXiv 2404.07724)."""
+        lo, hi = self.guidance_interval or (0.0, math.inf)
+        return self.guidance_scale if lo < sigma <= hi else 1.0
+
+
+# ---- noise that samplers add on the way
+
+def image_generator(seed, numbers):
+    """A `generator` for `Diffusion.sample` that gives image number k the same noise in any batch.
+
+    numbers: the number of each image of the batch. At step 0 it is seeds.image_noise, where the image starts.
+    """
+    return lambda step, shape: image_noise((seed, "step", step) if step else seed, numbers, shape[1:])
+
+
+def draw_noise(generator, step, like):
+    """Standard normal noise, shaped like `like`, the same in any precision.
+
+    generator: a torch.Generator, None for torch's global one, or a function (step, shape) -> noise;
+    step: 0 for the start of an image, then another number for each draw.
+    """
+    if callable(generator):
+        return generator(step, tuple(like.shape)).to(like)
+    return torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32).to(like.dtype)
+
+
+# ---- solvers: (denoise, x, sigmas, callback, generator, options) -> x
 
 def karras_sigmas(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """Eq. 5: `steps` noise levels from sigma_max down to sigma_min, then 0. float64, steps + 1 values."""
@@ -15,17 +109,31 @@ def karras_sigmas(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
-def heun(denoise, x, sigmas, callback=None):
-    """Algorithm 1: Heun's second-order method. 2 * steps - 1 calls when sigmas ends in 0.
+def _steps(sigmas):
+    """Each step's number from 1, its noise level and the next."""
+    sigmas = [float(s) for s in sigmas]
+    return zip(range(1, len(sigmas)), sigmas[:-1], sigmas[1:])
 
-    Args:
+
+def heun(denoise, x, sigmas, callback=None, generator=None, S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0):
+    """Heun's second-order method: Algorithm 1, and with S_churn Algorithm 2. 2 * steps - 1 calls when sigmas ends in 0.
+
+    Args (those of all solvers, then its own):
         denoise: (x, sigma as a float) -> D, the shape of x.
         x: B x ..., noise of standard deviation sigmas[0].
         sigmas: decreasing noise levels, as many as steps + 1.
-        callback: called as callback(step, steps, x) after every step.
+        callback: called as callback(step, steps, x) after every step, x scaled as here.
+        generator: see `draw_noise`.
+        S_churn: noise added anew on the whole way, at most by a factor of sqrt(2) in a step; S_min, S_max: only
+            between these noise levels; S_noise: its standard deviation.
     """
-    sigmas = [float(s) for s in sigmas]
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+    N = len(sigmas) - 1
+    for i, sigma, sigma_next in _steps(sigmas):
+        gamma = min(S_churn / N, 2 ** 0.5 - 1) if S_min <= sigma <= S_max else 0.0
+        if gamma > 0:
+            sigma_hat = sigma + gamma * sigma
+            x = x + (sigma_hat ** 2 - sigma ** 2) ** 0.5 * S_noise * draw_noise(generator, i, x)
+            sigma = sigma_hat
         d = (x - denoise(x, sigma)) / sigma  # dx/dsigma here
         x_next = x + (sigma_next - sigma) * d
         if sigma_next > 0:
@@ -33,5 +141,80 @@ def heun(denoise, x, sigmas, callback=None):
             x_next = x + (sigma_next - sigma) * (d + d_next) / 2
         x = x_next
         if callback:
-            callback(i + 1, len(sigmas) - 1, x)
+            callback(i, N, x)
     return x
+
+
+def euler(denoise, x, sigmas, callback=None, generator=None):
+    """Euler's first-order method; DDIM is the same in another scaling. One call a step."""
+    return euler_ancestral(denoise, x, sigmas, callback, generator, eta=0.0)
+
+
+def euler_ancestral(denoise, x, sigmas, callback=None, generator=None, eta=1.0):
+    """Euler's method to a lower noise level than the next one, then noise up to it. One call a step.
+
+    eta: 1 adds as much noise as DDPM's posterior has between these levels, 0 none.
+    """
+    for i, sigma, sigma_next in _steps(sigmas):
+        fresh = eta ** 2 * (1 - (sigma_next / sigma) ** 2)  # share of the next level's variance
+        sigma_up, sigma_down = sigma_next * fresh ** 0.5, sigma_next * (1 - fresh) ** 0.5
+        x = x + (sigma_down - sigma) * (x - denoise(x, sigma)) / sigma
+        if sigma_up > 0:
+            x = x + sigma_up * draw_noise(generator, i, x)
+        if callback:
+            callback(i, len(sigmas) - 1, x)
+    return x
+
+
+def dpmpp_2m(denoise, x, sigmas, callback=None, generator=None):
+    """DPM-Solver++(2M): Lu et al. 2022 (arXiv 2211.01095), Algorithm 2, of second order. One call a step.
+
+    With lambda = -ln(sigma); scaled as here, alpha is 1 and their sigma is ours.
+    """
+    D_last = h_last = None
+    for i, sigma, sigma_next in _steps(sigmas):
+        D = denoise(x, sigma)
+        if sigma_next == 0:
+            x = D  # h is infinite: only the first-order step has a limit
+        else:
+            h = math.log(sigma / sigma_next)
+            # extrapolated to the middle of the step from this call and the one before
+            D_mid = D if D_last is None else D + h / (2 * h_last) * (D - D_last)
+            x = sigma_next / sigma * x - math.expm1(-h) * D_mid
+            D_last, h_last = D, h
+        if callback:
+            callback(i, len(sigmas) - 1, x)
+    return x
+
+
+SOLVERS = {"heun": heun, "euler": euler, "euler_ancestral": euler_ancestral, "dpmpp_2m": dpmpp_2m}
+
+
+# ---- DDIM: Song et al. 2020 (arXiv 2010.02502)
+
+def ddim_timesteps(timesteps, steps, spacing="uniform"):
+    """`steps` of `timesteps` timesteps from the last, T - 1, down to 0: a list of ints, no two the same.
+
+    spacing: "uniform", or "quadratic", which is denser near 0 (Section 4.4 and Appendix D.2). Both ends are in it (one
+    step: T - 1 alone), so that the first is pure noise as in training.
+    """
+    if not 1 <= steps <= timesteps:
+        raise UsageError(f"steps: {steps} is not possible; ddim takes 1 and more, at most model.timesteps, {timesteps}")
+    if steps == 1:
+        return [timesteps - 1]
+    power = {"uniform": 1, "quadratic": 2}[spacing]
+    # max: where squares lie less than 1 apart, every timestep is taken
+    return [max(i, round((timesteps - 1) * i ** power / (steps - 1) ** power)) for i in reversed(range(steps))]
+
+
+def ddim_step(x0, eps, level, level_next, eta=0.0, noise=None):
+    """Eq. 12: from what the network sees in x_t to x at the next noise level.
+
+    level, level_next: (sqrt(abar), sqrt(1 - abar)) here and there; the image itself is (1, 0).
+    eta: share of eq. 16's noise, 0 to 1; at 1 between neighbours its variance is beta-tilde (Ho et al. eq. 7).
+    """
+    (a, s), (a_next, s_next) = level, level_next
+    # eq. 16's sigma^2 is s_next^2 times this; written so that no two nearly equal numbers are subtracted
+    fresh = eta ** 2 * (1 - (s_next / a_next * a / s) ** 2)
+    x = a_next * x0 + s_next * (1 - fresh) ** 0.5 * eps  # "predicted x_0", "direction pointing to x_t"
+    return x if noise is None else x + s_next * fresh ** 0.5 * noise  # "random noise"
