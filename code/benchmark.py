@@ -14,7 +14,8 @@ import libs
 from cli import Parser, positive, run
 from libs import blocks
 from libs.errors import RunError
-from libs.training import build_optimizer, memory_format, peak_memory, pick_device, pick_precision
+from libs.optimizers import build_optimizer
+from libs.training import memory_format, peak_memory, pick_device, pick_precision
 
 KINDS = ("written out", "fused")
 
@@ -29,7 +30,7 @@ def measure(config, kind, updates):
     if kind == "written out":
         blocks.F.scaled_dot_product_attention = written_out_attention
     device = pick_device(config["devices"])
-    precision = pick_precision(config["dtype"], device)
+    precision, _ = pick_precision(config["dtype"], device)
     torch.manual_seed(0)
     model = libs.build_model(config).to(device, memory_format=memory_format(device))
     optimizer = build_optimizer(model, config["train_cfg"], device)

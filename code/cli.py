@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from libs.distributed import lost_peer
 from libs.errors import RunError, UsageError, reason
 
 
@@ -47,6 +48,12 @@ def run(main):
         status = 2
     except (RunError, OSError, torch.OutOfMemoryError) as e:  # the disk, the network, the GPU's memory
         print(f"{os.path.basename(sys.argv[0])}: error: {reason(e, 1000)}", file=sys.stderr)
+        status = 1
+    except RuntimeError as e:
+        if not lost_peer(e):
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: error: another process of this run has ended ({reason(e)}); resume "
+              "from the last checkpoint", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT

@@ -1,32 +1,100 @@
-"""Draw images from a trained model:  python ./sample.py ../pretrained/mnist_cpu.pth.tar"""
+"""Draw images from a trained model.
+
+python ./sample.py ../pretrained/mnist_cpu.pth.tar                                  a grid, samples.png
+python ./sample.py RUN --num 1000 --output digits.npz                               1,000 images of each class
+python ./sample.py RUN --output digits/                                             single PNG files
+python ./sample.py RUN --gif                                                        the denoising, samples.gif
+python ./sample.py RUN --interpolate 10                                             rows from one noise to another
+python ./sample.py RUN --compare ddim:10,ddim:50,heun:9                             samplers side by side"""
+
+import argparse
+import os
+import time
 
 import torch
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 import libs
 from cli import Parser, check_output, positive, run
-from libs.errors import UsageError
-from libs.seeds import image_noise, seeded_generator
+from libs.checkpoint import load_checkpoint, model_file
+from libs.drawing import draw_images, interpolated_noise
+from libs.errors import UsageError, shown
+from libs.images import to_uint8, write_npz
+from libs.models import model_from
+from libs.pictures import folder_names, grid, sheet, write_folder, write_gif, write_png
+from libs.samplers import SPACINGS
+from libs.seeds import image_noise
 from libs.training import pick_device
+
+SETTINGS = ("guidance_scale", "guidance_interval", "clip", "eta", "spacing", "S_churn")
+FRAMES = 40  # of an animation, at most
+BAR = "{percentage:3.0f} %|{bar}| {elapsed}, {remaining} left"
 
 
 def parse_args():
     parser = Parser(__doc__)
-    parser.add_argument("checkpoint", help="a checkpoint of train.py")
+    parser.add_argument("checkpoint", help="a checkpoint of train.py, or a run folder")
     parser.add_argument("--labels", default="", metavar="L,L,...", help="classes to draw (default: all)")
-    parser.add_argument("--num", type=positive, default=10, help="images per class, one row each (default 10)")
-    parser.add_argument("--sampler", default=None, help="the config's if not given")
-    parser.add_argument("--steps", type=positive, default=None, help="sampler steps; the config's if not given")
-    parser.add_argument("--guidance-scale", type=float, default=None, help="the config's if not given")
+    parser.add_argument("--num", type=positive, default=None, help="images per class (default 10; for --compare 1)")
+    way = parser.add_argument_group("the sampler; what is not given is the config's, see sample_cfg in libs/config.py")
+    way.add_argument("--sampler", default=None)
+    way.add_argument("--steps", type=positive, default=None)
+    way.add_argument("--guidance-scale", type=float, default=None)
+    way.add_argument("--guidance-interval", type=interval, default=None, metavar="LO,HI",
+                     help="guide only at noise levels LO < sigma <= HI")
+    way.add_argument("--clip", action=argparse.BooleanOptionalAction, default=None,
+                     help="keep predicted pixels in [-1, 1]")
+    way.add_argument("--eta", type=float, default=None, help="new noise in each step, 0 to 1: ddim, euler_ancestral")
+    way.add_argument("--spacing", choices=SPACINGS, default=None, help="of ddim's timesteps")
+    way.add_argument("--S-churn", type=float, default=None, help="new noise on the whole way: heun")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--gif", action="store_true", help="the denoising, as with an --output that ends in .gif")
+    what.add_argument("--interpolate", type=positive, default=None, metavar="N",
+                      help="one row of N images per class, from the first image of --num 2 to the second")
+    what.add_argument("--compare", default=None, metavar="SAMPLER[:STEPS],...",
+                      help="a sheet: the same noise drawn in each of these ways")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=positive, default=100)
+    parser.add_argument("--batch-size", type=positive, default=100, help="changes no image (default 100)")
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--output", default="samples.png", help="PNG file (default samples.png)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.add_argument("--output", default=None, help="FILE.png: a grid; FILE.npz: images and labels for evaluate.py; "
+                        "FILE.gif: the denoising;\nFOLDER/: single PNG files (default samples.png)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     args = parser.parse_args()
-    check_output(args.output, args.overwrite)
+    args.output = args.output or ("samples.gif" if args.gif else "samples.png")
+    args.kind = kind_of_output(args.output, args.overwrite)
+    if args.gif and args.kind != "gif" or args.compare and args.kind != "png":
+        raise UsageError(f"--output: {args.output} must end in .{'gif for --gif' if args.gif else 'png for --compare'}")
+    if args.compare and (args.sampler or args.steps):
+        raise UsageError("--compare: it names samplers and steps itself, so leave out --sampler and --steps")
+    if args.interpolate and args.num:
+        raise UsageError("--interpolate: it draws one row per class, so leave out --num")
+    if args.interpolate == 1:
+        raise UsageError("--interpolate: 1 is too few; 2 is the least, the two ends")
     return args
+
+
+def interval(text):
+    """Type of --guidance-interval."""
+    try:
+        lo, hi = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no pair of noise levels such as 0.3,5") from None
+    return lo, hi
+
+
+def kind_of_output(path, overwrite):
+    """ "png", "npz", "gif" or "folder", from the name. Refuses what cannot be written there."""
+    if path.endswith(("/", os.sep)) or os.path.isdir(path):
+        path = os.path.realpath(path)
+        if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path):
+            raise UsageError(f"--output: {shown(path)} exists; a folder for images must be new or empty")
+        check_output(path, overwrite=True)
+        return "folder"
+    kind = os.path.splitext(path)[1][1:]
+    if kind not in ("png", "npz", "gif"):
+        raise UsageError(f"--output: {path} must end in .png, .npz or .gif, or in / for a folder of images")
+    check_output(path, overwrite)
+    return kind
 
 
 def parse_labels(text, num_classes):
@@ -36,37 +104,100 @@ def parse_labels(text, num_classes):
         raise UsageError(f"--labels: {text!r} is no list of integers such as 3,1,4") from None
 
 
-def draw_images(model, labels, options, seed=0, batch_size=100, device="cpu"):
-    """Yield images B x C x H x W in [0, 1], batch by batch.
+def parse_ways(text):
+    """ "ddim:10,heun" -> [("ddim", 10), ("heun", None)] """
+    ways = [way.partition(":") for way in text.split(",")]
+    try:
+        return [(sampler, int(steps) if colon else None) for sampler, colon, steps in ways]
+    except ValueError:
+        raise UsageError(f"--compare: {text!r} is no list such as ddim:10,ddim:50,heun:9") from None
 
-    With a deterministic sampler image k depends on (seed, k, its label) alone, not on the batch it is in.
+
+def is_random(plan):
+    """Whether noise is added on the way."""
+    return (plan.sampler == "ddpm" or plan.options.get("eta", plan.sampler == "euler_ancestral") > 0
+            or plan.options.get("S_churn", 0) > 0)
+
+
+def draw(model, labels, ways, args, device, noise=None, keep=()):
+    """Draw the labels in each of several ways, with one progress bar.
+
+    Returns uint8 N x C x H x W for each way, and of the last one as much after each of the steps in `keep`.
     """
-    generator = seeded_generator(seed, "sampler", device=device)
-    for numbers in torch.arange(len(labels)).split(batch_size):
-        noise = image_noise(seed, numbers, model.img_shape).to(device)
-        yield model.sample(labels[numbers].to(device), noise=noise, generator=generator, **options).cpu()
+    drawn, costs = [], [model.network_calls(**options) for options in ways]
+    with tqdm(total=sum(costs) * len(labels), bar_format=BAR, disable=None) as bar:
+        for options, cost in zip(ways, costs):
+            frames = {step: [] for step in keep}
+
+            def look(step, steps, x):
+                bar.update(cost / steps * len(x))
+                if step in frames:
+                    frames[step].append(to_uint8(model.postprocess(x)).cpu())
+
+            batches = draw_images(model, labels, options, args.seed, args.batch_size, device, noise, look)
+            drawn.append(torch.cat([to_uint8(images) for images in batches]))
+    return drawn, [torch.cat(frames[step]) for step in keep]
 
 
 def main():
     args = parse_args()
-    model, config = libs.load_model(args.checkpoint)
+    path = model_file(args.checkpoint)
+    state = load_checkpoint(path)
+    model, config = model_from(state, path)
+
+    # 1. what is drawn, checked before the work. Image k has class k modulo their number: a larger --num only adds
+    # images, and the first n of a file have all classes
+    classes = parse_labels(args.labels, model.num_classes)
+    model.check_labels(classes)
+    columns = args.interpolate or args.num or (1 if args.compare else 10)
+    labels = classes.repeat(columns)
+    given = {key: getattr(args, key) for key in SETTINGS}
+    ways = parse_ways(args.compare) if args.compare else [(args.sampler, args.steps)]
+    ways = [libs.sampling_options(config, sampler=sampler, steps=steps, **given) for sampler, steps in ways]
+    plans = [model.plan(**options) for options in ways]
+    if args.interpolate and is_random(plans[0]):
+        raise UsageError(f"--interpolate: {plans[0].sampler} adds noise on the way, so that neighbours would differ; "
+                         "take one that does not, such as dpmpp_2m, or ddim with --eta 0")
+    folders = folder_names(state.get("classes"), model.num_classes)
+    keep = []
+    if args.kind == "gif":
+        keep = torch.linspace(1, plans[0].steps, min(plans[0].steps, FRAMES)).round().long().tolist()
+
+    # 2. what is going to happen
     device = pick_device([args.device])
-    labels = parse_labels(args.labels, model.num_classes)
-    model.check_labels(labels)
-    labels = labels.repeat_interleave(args.num)
-    options = libs.sampling_options(config, sampler=args.sampler, steps=args.steps,
-                                    guidance_scale=args.guidance_scale)
-    print(f"drawing {len(labels)} images into {args.output}: "
-          + ", ".join(f"{k} {v}" for k, v in options.items() if v is not None), flush=True)
-    with tqdm(total=len(labels), unit="image", disable=None) as bar:
-        images = []
-        for batch in draw_images(model.to(device), labels, options, args.seed, args.batch_size, device):
-            images.append(batch)
-            bar.update(len(batch))
-    try:
-        save_image(torch.cat(images), args.output, nrow=args.num, padding=1)
-    except (OSError, ValueError) as e:
-        raise UsageError(f"--output: cannot write {args.output} ({e})") from None
+    where = {"png": "a grid", "npz": "images and labels", "gif": f"{1 + len(keep)} frames",
+             "folder": "PNG files" + (", a folder for each class" if folders else "")}[args.kind]
+    print(f"drawing {len(labels):,} images into {args.output} ({where}), seed {args.seed}, on {device}")
+    captions = []
+    for plan, options in zip(plans, ways):
+        captions.append(f"{plan.sampler}, {plan.steps} steps, {model.network_calls(**options)} network calls an image")
+        print("; ".join([captions[-1], *(f"{k} {v}" for k, v in options.items() if k not in ("sampler", "steps"))]),
+              flush=True)
+
+    # 3. draw
+    started, noise = time.time(), None
+    model.to(device)
+    if args.interpolate:
+        start, end = image_noise(args.seed, range(2 * len(classes)), model.img_shape).chunk(2)
+        noise = interpolated_noise(start, end, columns).flatten(0, 1)
+    elif args.kind == "gif":
+        noise = image_noise(args.seed, range(len(labels)), model.img_shape)
+    drawn, frames = draw(model, labels, ways, args, device, noise, keep)
+
+    # 4. write; in grids each class has a row
+    by_class = torch.arange(len(labels)).reshape(columns, -1).T.flatten()
+    if args.compare:
+        write_png(args.output, sheet(list(zip(captions, drawn)), len(classes)))
+    elif args.kind == "png":
+        write_png(args.output, grid(drawn[0][by_class], columns))
+    elif args.kind == "gif":
+        first = torch.cat([to_uint8(model.postprocess(z.to(device))).cpu() for z in noise.split(args.batch_size)])
+        write_gif(args.output, [grid(images[by_class], columns) for images in (first, *frames)])
+    elif args.kind == "npz":
+        write_npz(args.output, drawn[0], labels)
+    else:
+        write_folder(args.output, drawn[0], [folders[k] for k in labels.tolist()] if folders else None)
+    print(f"{time.time() - started:.0f} s; saved {args.output}")
 
 
 if __name__ == "__main__":

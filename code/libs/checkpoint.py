@@ -131,6 +131,16 @@ def find_checkpoint(path):
     raise UsageError(f"--resume: no whole checkpoint (epoch_*.pth.tar) in {path}")
 
 
+def model_file(path):
+    """The checkpoint to draw images from: the file itself, or of a run folder the final one, else the newest."""
+    if not os.path.isdir(path):
+        return path
+    found = [os.path.join(path, FINAL)] * os.path.isfile(os.path.join(path, FINAL)) + list_checkpoints(path)
+    if not found:
+        raise UsageError(f"checkpoint: neither {FINAL} nor epoch_*.pth.tar in {path}")
+    return found[0]
+
+
 def check_resumable(config, state, path):
     """Refuse to go on with another model or other batches; name the training settings that change."""
     old = state["config"]
@@ -142,8 +152,8 @@ def check_resumable(config, state, path):
         if there != here:
             raise UsageError(f"--resume: {path} is of another architecture: "
                              f"{key} is {there} there and {here} in the config")
-    same = {f"{a}.{b}": (old[a][b], config[a][b]) for a, b in (("dataset", "name"), ("dataset", "img_size"),
-                                                              ("loader", "batch_size"))}
+    same = {f"{a}.{b}": (old[a].get(b), config[a][b]) for a, b in (
+        ("dataset", "name"), ("dataset", "img_size"), ("dataset", "limit"), ("loader", "batch_size"))}
     same["seed"] = old["seed"], config["seed"]
     for key, (there, here) in same.items():
         if there != here:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets as tv
 
 from .errors import RunError, UsageError, reason, shown
-from .folders import load_folder, scan_folder
+from .folders import FileImages, load_folder, scan_folder
 from .mnist import fetch_mnist
 from .seeds import seeded_generator
 
@@ -70,29 +70,30 @@ class ImageDataset(Dataset):
             self.labels = self.labels.to(device)
         return self
 
-    def batch(self, index, generator=None):
+    def batch(self, index, generator=None, part=slice(None)):
         """Items `index` (long, CPU) as `(images B x C x H x W float, labels B)`, where the data lives.
 
         generator: a CPU generator for crop and flip; None takes torch's global one.
+        part: only this slice of the batch, cropped and flipped as in the whole of it.
         """
         device = self.labels.device
-        x = self.images[index.to(device)]
-        x = self._crop(x, len(index), generator)
+        mine = index[part].to(device)
+        x = self._crop(self.images[mine], len(index), generator, part)
         if self.augment and self.flip:
-            flip = torch.rand(len(index), generator=generator) < 0.5
+            flip = torch.rand(len(index), generator=generator)[part] < 0.5
             x = torch.where(flip.to(device)[:, None, None, None], x.flip(-1), x)
         low, high = self.value_range
-        return x.float() * ((high - low) / 255) + low, self.labels[index.to(device)]
+        return x.float() * ((high - low) / 255) + low, self.labels[mine]
 
-    def _crop(self, x, n, generator):
+    def _crop(self, x, n, generator, part):
         spare = x.shape[-1] - self.img_size
         if spare == 0:
             return x
         if not self.augment:
             return x[:, :, spare // 2:, spare // 2:][:, :, :self.img_size, :self.img_size]
-        corner = torch.randint(0, spare + 1, (2, n), generator=generator).to(x.device)
-        rows, cols = corner[:, :, None] + torch.arange(self.img_size, device=x.device)  # each n x img_size
-        i = torch.arange(n, device=x.device)[:, None, None]
+        corner = torch.randint(0, spare + 1, (2, n), generator=generator)[:, part].to(x.device)
+        rows, cols = corner[:, :, None] + torch.arange(self.img_size, device=x.device)  # each B x img_size
+        i = torch.arange(len(x), device=x.device)[:, None, None]
         # channels last for the gather, then back
         return x.permute(0, 2, 3, 1)[i, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
@@ -101,12 +102,14 @@ class BatchLoader:
     """Batches of an ImageDataset in an order that is a function of (seed, epoch) alone.
 
     Every epoch has `len(loader)` full batches; the images that do not fill one wait for another epoch.
+    share: a function of the batch size that gives the slice of each batch which is wanted; None: all.
     """
 
-    def __init__(self, dataset, batch_size, seed=0):
+    def __init__(self, dataset, batch_size, seed=0, share=None):
         self.dataset = dataset
         self.batch_size = min(batch_size, len(dataset))
         self.seed = seed
+        self.part = share(self.batch_size) if share else slice(None)
         self.next_epoch = 0
 
     def __len__(self):
@@ -117,32 +120,35 @@ class BatchLoader:
         order = torch.randperm(len(self.dataset), generator=seeded_generator(self.seed, "order", epoch))
         for k in range(start, len(self)):
             index = order[k * self.batch_size:(k + 1) * self.batch_size]
-            yield self.dataset.batch(index, seeded_generator(self.seed, "augment", epoch, k))
+            yield self.dataset.batch(index, seeded_generator(self.seed, "augment", epoch, k), self.part)
 
     def __iter__(self):
         self.next_epoch += 1
         return self.epoch(self.next_epoch - 1)
 
 
-def build_dataloader(dataset, batch_size, num_workers=0, seed=0):
+def build_dataloader(dataset, batch_size, num_workers=0, seed=0, share=None):
     """Batches `(images B x C x H x W, labels B)` of a data set from `build_dataset`, shuffled anew each epoch.
 
     num_workers: threads that decode image files, for a data set too large for memory.
+    share: see BatchLoader.
     """
     if not isinstance(dataset, ImageDataset):
         return DataLoader(dataset, batch_size, shuffle=True, num_workers=num_workers, drop_last=True)
     if hasattr(dataset.images, "num_workers"):
         dataset.images.num_workers = max(num_workers, 1)
-    return BatchLoader(dataset, batch_size, seed)
+    return BatchLoader(dataset, batch_size, seed, share)
 
 
-def describe_dataset(name, split, data_folder):
+def describe_dataset(name, split, data_folder, limit=None):
     """(number of classes, number of images) without reading or downloading an image. Raises as `build_dataset`."""
     _check(name, split)
     if name in FOLDERS:
         paths, _, classes = scan_folder(data_folder, split == "train")
-        return len(classes), len(paths)
-    return KNOWN[name][1], SIZES[name][split != "train"]
+        num_classes, n = len(classes), len(paths)
+    else:
+        num_classes, n = KNOWN[name][1], SIZES[name][split != "train"]
+    return num_classes, min(n, limit or n)
 
 
 def _check(name, split):
@@ -152,7 +158,7 @@ def _check(name, split):
         raise UsageError(f"dataset.split: unknown {split!r}; it is 'train' or 'test'")
 
 
-def build_dataset(name, split, data_folder, img_size=None, value_range=None):
+def build_dataset(name, split, data_folder, img_size=None, value_range=None, limit=None):
     """Load a data set by name.
 
     Args:
@@ -161,6 +167,7 @@ def build_dataset(name, split, data_folder, img_size=None, value_range=None):
         data_folder: where it is, or where MNIST and the other small ones are downloaded to.
         img_size: side of the square images; None keeps the data's own, 128 for photographs.
         value_range: (low, high) of the pixels; None is (-1, 1), or (0, 1) for AFHQ and MiniImageNet.
+        limit: at most so many images, spread evenly over the set; None: all.
 
     Returns:
         (dataset, num_classes, img_shape); items are (image C x H x W float, label int).
@@ -182,6 +189,10 @@ def build_dataset(name, split, data_folder, img_size=None, value_range=None):
         size = img_size or images.shape[-1]
         if size != images.shape[-1]:
             images = _resize(images, size)
+    if limit and limit < len(labels):
+        chosen = torch.linspace(0, len(labels) - 1, limit).long()
+        images = images.subset(chosen) if isinstance(images, FileImages) else images[chosen]
+        labels = labels[chosen]
     flip = name in FOLDERS or name == "CIFAR10"  # a mirrored digit or letter is another one
     dataset = ImageDataset(images, labels, classes, size, train, flip, tuple(map(float, value_range)))
     return dataset, len(dataset.classes), dataset.img_shape
@@ -206,7 +217,8 @@ def _load_torchvision(name, train, root):
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
     if name == "EMNIST":
         images = images.transpose(2, 3).contiguous()  # stored lying on their side
-    return images, torch.as_tensor(data.targets, dtype=torch.long), data.classes
+    classes = [name.split(" - ")[0] for name in data.classes]  # "7 - seven": a folder of sevens is called 7
+    return images, torch.as_tensor(data.targets, dtype=torch.long), classes
 
 
 def _download(kind, root, options):

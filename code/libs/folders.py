@@ -75,6 +75,10 @@ class FileImages:
         self.paths, self.num_workers = paths, num_workers
         self.shape = (len(paths), 3, size, size)
 
+    def subset(self, index):
+        """Those images alone."""
+        return FileImages([self.paths[i] for i in index.tolist()], self.shape[-1], self.num_workers)
+
     def __getitem__(self, index):
         with ThreadPoolExecutor(self.num_workers) as pool:  # Pillow decodes outside the interpreter's lock
             return torch.stack(list(pool.map(lambda i: decode(self.paths[i], self.shape[-1]), index.tolist())))

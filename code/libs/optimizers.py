@@ -1,4 +1,4 @@
-"""The optimizers of train.py: AdamW, and Muon for the matrices with AdamW for the rest."""
+"""The optimizers of train.py: AdamW, and Muon for the convolutions with AdamW for the rest."""
 
 import torch
 
@@ -11,13 +11,16 @@ def build_optimizer(model, cfg, device):
         return torch.optim.AdamW(model.model.parameters(), **options)
     hidden, rest = [], []
     for name, p in model.model.named_parameters():
-        (hidden if is_hidden_matrix(name, p) else rest).append(p)
+        (hidden if is_hidden_kernel(name, p) else rest).append(p)
     return Muon([{"params": hidden, "orthogonal": True}, {"params": rest, "orthogonal": False}], **options)
 
 
-def is_hidden_matrix(name, p):
-    """Whether Muon is meant for a weight of the UNet: a matrix or kernel, but neither of the ends nor the labels."""
-    return p.dim() >= 2 and not name.startswith(("conv_in.", "final_conv.", "label_embd."))
+def is_hidden_kernel(name, p):
+    """Whether Muon is meant for a weight of the UNet: a convolution's, but of neither end.
+
+    Attention and embeddings hold few of the weights: the time it takes is better spent on the kernels.
+    """
+    return p.dim() == 4 and not name.startswith(("conv_in.", "final_conv."))
 
 
 class Muon(torch.optim.AdamW):
@@ -33,6 +36,8 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
+        if float(getattr(self, "found_inf", 0)):  # GradScaler's word for: leave this update out
+            return None
         for group in self.param_groups:
             for p in group["params"] if group["orthogonal"] else ():
                 if p.grad is not None:
@@ -49,17 +54,23 @@ class Muon(torch.optim.AdamW):
         update = p.grad.lerp(momentum, self.MOMENTUM)  # Nesterov's
         update = orthogonalize(update.flatten(1))
         p.mul_(1 - lr * weight_decay)
-        p.add_(update.view(p.shape), alpha=-lr * 0.2 * max(update.shape) ** 0.5)
+        p.add_(update.reshape(p.shape), alpha=-lr * 0.2 * max(update.shape) ** 0.5)
 
 
 def orthogonalize(matrix):
     """U V^T of the singular value decomposition U S V^T, roughly: M x N -> M x N, singular values 0.7 to 1.2.
 
-    Five steps of a Newton-Schulz iteration with Jordan's coefficients, which give up exactness for speed.
+    Five steps of a Newton-Schulz iteration, X <- (a + b X X^T + c (X X^T)^2) X with Jordan's coefficients, which give
+    up exactness for speed. All steps are polynomials of the first X X^T, so the work is done at its size.
     """
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = x / x.norm().clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x if matrix.shape[0] <= matrix.shape[1] else x.T).contiguous()
+    gram, product = x @ x.T, None
+    for step in range(5):
+        factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        factor.diagonal().add_(3.4445)
+        product = factor if product is None else factor @ product
+        if step < 4:
+            gram = factor @ gram @ factor
+    x = product @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T

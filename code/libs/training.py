@@ -8,6 +8,8 @@ import sys
 
 import torch
 
+from .errors import RunError, reason
+
 
 class ModelEMA:
     """Exponential moving average of a model's weights, in `.module`.
@@ -51,7 +53,12 @@ class AverageMeter:
 
     @property
     def avg(self):
-        return float(self.sum) / max(self.count, 1)
+        return self.average()
+
+    def average(self, total=lambda *tensors: tensors):
+        """`avg`; over all processes with World.total."""
+        total_sum, count = total(self.sum, self.count)
+        return float(total_sum) / max(float(count), 1)
 
 
 class TenthsMeter:
@@ -63,37 +70,119 @@ class TenthsMeter:
         self.count = torch.zeros(10, device=device)
 
     def update(self, losses, t):
-        tenth = t * 10 // self.timesteps
-        self.sum.index_add_(0, tenth, losses)
-        self.count.index_add_(0, tenth, torch.ones_like(losses))
+        tenth, finite = t * 10 // self.timesteps, losses.isfinite()
+        self.sum.index_add_(0, tenth, losses.where(finite, 0).float())
+        self.count.index_add_(0, tenth, finite.float())
 
-    def read(self):
-        """Ten averages, NaN where nothing was seen; then start again."""
-        averages = (self.sum / self.count).tolist()
+    def read(self, total=lambda *tensors: tensors):
+        """Ten averages, NaN where nothing was seen; then start again. total: see World.total."""
+        losses, count = total(self.sum, self.count)
+        averages = (losses / count).tolist()
         self.sum.zero_()
         self.count.zero_()
         return averages
 
 
-@torch.no_grad()
-def measure_data(model, dataset, device, n=512):
-    """Mean and standard deviation of what the model diffuses, and the autoencoder's PSNR in dB (None in pixels).
+class Updater:
+    """From the gradients to the weights: clip, and leave an update out where a gradient is not finite.
 
-    Over `n` images spread over the data set. EDM takes its sigma_data from this.
+    Nothing here waits for the GPU, but `check`. The work is GradScaler's; its scale, 1 but for fp16, is what keeps
+    the small gradients of half precision from becoming zero.
+    """
+
+    LIMIT = 20  # updates left out in a row, after which there is no point in going on
+
+    def __init__(self, model, optimizer, precision, clip_norm, device):
+        self.optimizer, self.clip_norm = optimizer, clip_norm or math.inf
+        self.parameters = [p for p in model.model.parameters() if p.requires_grad]
+        self.fp16 = precision == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 16 if self.fp16 else 1.0,
+                                           enabled=device.type != "mps")
+        self.skipped, self.in_a_row, self.longest = torch.zeros(3, dtype=torch.long, device=device)
+
+    def backward(self, loss):
+        """Add the gradients of `loss`, a scalar."""
+        self.scaler.scale(loss).backward()
+
+    def step(self):
+        """Apply the gradients and forget them. Returns (norm before clipping, whether it was finite), as tensors."""
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update(None if self.fp16 else 1.0)
+        self.optimizer.zero_grad()
+        finite = norm.isfinite()
+        self.skipped += ~finite
+        self.in_a_row = (self.in_a_row + 1) * ~finite
+        self.longest = torch.maximum(self.longest, self.in_a_row)
+        return norm, finite
+
+    def check(self, step, last_good):
+        """Raise RunError after LIMIT updates in a row that were left out. last_good: the newest checkpoint, or None."""
+        if self.longest >= self.LIMIT:
+            raise RunError(f"the loss or its gradient was not finite in {int(self.longest)} updates in a row, up to "
+                           f"update {step}; " + (f"resume from {last_good}" if last_good else "start again")
+                           + " with a lower train_cfg.lr")
+
+    def state_dict(self):
+        return {"scaler": self.scaler.state_dict() if self.fp16 else {}, "skipped": int(self.skipped),
+                "in_a_row": int(self.in_a_row)}
+
+    def load_state_dict(self, state):
+        if self.fp16 and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+        self.skipped.fill_(state.get("skipped", 0))
+        self.in_a_row.fill_(state.get("in_a_row", 0))
+
+
+def compile_network(model, wanted, dataset, device):
+    """torch.compile for the UNet of `model`, tried with two images; one line says how it went, and training goes on.
+
+    wanted: true, false, or None: on a GPU. Only the call changes: weights keep their names, and a copy of the model
+    that was made before is not compiled.
+    """
+    network = model.model
+    if not (device.type == "cuda" if wanted is None else wanted):
+        return
+    network.forward = torch.compile(network.forward)
+    try:
+        with torch.random.fork_rng():
+            images, labels = dataset.batch(torch.arange(min(2, len(dataset))), torch.Generator())
+            labels = labels.to(device)
+            images = images.to(device, next(network.parameters()).dtype)
+            model(images, labels, torch.zeros_like(labels)).mean().backward()
+        print("the network is compiled", flush=True)
+    except Exception as e:  # no compiler, an operator it cannot take: it fails in many ways
+        del network.forward
+        print(f"compile: does not work here, going on without ({reason(e, 200)})", flush=True)
+    network.zero_grad()
+
+
+@torch.no_grad()
+def measure_data(model, dataset, device, n=512, say=None):
+    """Measure what the model diffuses, over `n` images spread over the data set; tell an EDM its sigma_data.
+
+    Returns (mean, standard deviation, the autoencoder's PSNR in dB or None in pixels). say: gets it as text.
     """
     index = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long()
+    dtype = next(model.model.parameters()).dtype
     data, squared_error = [], []
     for part in index.split(32):
-        images, _ = dataset.batch(part, torch.Generator().manual_seed(0))
-        images = images.to(device)
+        images = dataset.batch(part, torch.Generator().manual_seed(0))[0].to(device, dtype)
         data.append(model.encode(images))
         if model.use_vae:
             squared_error.append((model.postprocess(data[-1]) - images).pow(2).mean())
-    std, mean = torch.std_mean(torch.cat(data))
+    std, mean = map(float, torch.std_mean(torch.cat(data)))
     if hasattr(model, "set_sigma_data"):
-        model.set_sigma_data(float(std))
+        model.set_sigma_data(std)
     psnr = -10 * math.log10(float(torch.stack(squared_error).mean())) if squared_error else None
-    return float(mean), float(std), psnr
+    if say:
+        what = f"latents (autoencoder {psnr:.1f} dB PSNR)" if model.use_vae else "pixels"
+        say(f"{what}: mean {mean:.3f}, standard deviation {std:.3f}")
+        if model.use_vae and not (abs(mean) < 0.5 and 0.5 < std < 2):
+            say("warning: the latents are far from mean 0 and standard deviation 1, which the noise schedule is made "
+                "for; are these the right autoencoder weights, and images in [0, 1]?")
+    return mean, std, psnr
 
 
 def learning_rate(step, cfg, total_steps):
@@ -117,16 +206,18 @@ def pick_device(names):
 
 
 def pick_precision(name, device):
-    """The dtype of autocast, or None for plain fp32. See DEFAULTS["dtype"]."""
+    """(dtype of autocast, None where there is none; dtype of the weights). See DEFAULTS["dtype"]."""
+    if name == "fp64" and device.type != "mps":
+        return None, torch.float64
     if device.type != "cuda":
         if name == "bf16" and device.type == "cpu":
-            return torch.bfloat16
-        if name in ("fp16", "bf16"):
+            return torch.bfloat16, torch.float32
+        if name not in ("auto", "fp32"):
             print(f"dtype: {name} does not work on {device.type}; using fp32", flush=True)
-        return None
+        return None, torch.float32
     if name == "auto":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name], torch.float32
 
 
 def memory_format(device):

@@ -1,0 +1,80 @@
+"""Several processes that train one model, as torchrun starts them; a single process is the case of one.
+
+    torchrun --nproc_per_node=2 train.py ./configs/mnist.yaml
+
+Every process computes its share of each batch, and gradients are averaged. What the global batch is, its noise and
+its noise levels do not depend on how many processes share it.
+"""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from .errors import RunError, UsageError
+
+
+class World:
+    """This process among those of the run: `rank` of `size`; `first` is the one that speaks and writes."""
+
+    def __init__(self):
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.local_rank = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK"))
+        self.first = self.rank == 0
+
+    def device_name(self, names):
+        """The config's device for this process: the one given to it, or the GPU of its own number."""
+        if self.size == 1 or not names[0].startswith("cuda"):
+            return names[0]
+        return names[self.local_rank] if self.local_rank < len(names) else f"cuda:{self.local_rank}"
+
+    def connect(self, device):
+        """Meet the other processes. Raises RunError where they do not come."""
+        if self.size == 1:
+            return
+        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        except (RuntimeError, ValueError) as e:
+            raise RunError(f"process {self.rank} of {self.size} cannot meet the others ({e})") from None
+
+    def share(self, n, key="loader.batch_size"):
+        """The slice of a batch of n that is this process's. Raises UsageError where it cannot be divided."""
+        if n % self.size:
+            raise UsageError(f"{key}: {n} images cannot be divided among {self.size} processes")
+        return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+
+    def wrap(self, model, device):
+        """`model` with gradients that are averaged over the processes."""
+        if self.size == 1:
+            return model
+        return torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+
+    def total(self, *tensors):
+        """The sums of tensors over all processes, each a new tensor."""
+        if self.size == 1:
+            return tensors
+        tensors = [torch.as_tensor(t).clone() for t in tensors]
+        for t in tensors:
+            dist.all_reduce(t)
+        return tensors
+
+    def agree(self, number):
+        """The largest of the processes' numbers; on the CPU, so that no GPU is waited for."""
+        if self.size == 1:
+            return number
+        number = torch.tensor(number)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+    def close(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def lost_peer(error):
+    """Whether an exception means that another process of the run is gone."""
+    return dist.is_initialized() and isinstance(error, RuntimeError) and any(
+        word in str(error).lower() for word in ("gloo", "nccl", "connection"))

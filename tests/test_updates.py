@@ -1,0 +1,161 @@
+"""From gradients to weights: what is left out, what is counted, when training gives up; and torch.compile's trial."""
+
+import copy
+
+import pytest
+import torch
+
+import libs
+from helpers import SMALL, one_line
+from libs import RunError
+from libs.config import DEFAULTS
+from libs.datasets import ImageDataset
+from libs.optimizers import build_optimizer
+from libs.training import Updater, compile_network
+
+CPU = torch.device("cpu")
+
+
+def parts(optimizer="adamw", precision=None):
+    model = libs.DDPM(**SMALL)
+    built = build_optimizer(model, {**DEFAULTS["train_cfg"], "optimizer": optimizer, "lr": 1e-2}, CPU)
+    return model, built, Updater(model, built, precision, 1.0, CPU)
+
+
+def loss_of(model, factor=1.0):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4, 1, 8, 8, generator=generator)
+    return model.compute_loss(x, torch.arange(4), torch.arange(4), x.flip(0)) * factor
+
+
+def one_good_update(model, updater):
+    updater.backward(loss_of(model))
+    assert updater.step()[1]
+
+
+def everything(model, optimizer):
+    return copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return all(map(same, a, b)) if isinstance(a, (tuple, list)) else torch.equal(a, b)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_update_that_is_not_finite_changes_nothing(optimizer, bad):
+    model, built, updater = parts(optimizer)
+    one_good_update(model, updater)
+    before = everything(model, built)
+    updater.backward(loss_of(model, bad))
+    norm, finite = updater.step()
+    assert not finite and not norm.isfinite() and updater.skipped == updater.in_a_row == 1
+    assert same(before, everything(model, built))
+    updater.backward(loss_of(model))  # and the next one is as good as ever
+    assert updater.step()[1] and updater.in_a_row == 0 and updater.skipped == 1
+    assert not same(before, everything(model, built))
+
+
+def test_a_single_bad_gradient_is_enough():
+    model, built, updater = parts()
+    one_good_update(model, updater)
+    updater.backward(loss_of(model))
+    built.param_groups[0]["params"][5].grad.view(-1)[0] = float("nan")
+    before = everything(model, built)
+    assert not updater.step()[1] and same(before, everything(model, built))
+
+
+def test_the_norm_is_of_the_gradients_and_is_clipped():
+    """Against PyTorch's own loop, without a scaler."""
+    model, built, updater = parts()
+    twin, theirs, _ = parts()
+    twin.load_state_dict(model.state_dict())
+    for _ in range(3):
+        updater.backward(loss_of(model, 100))
+        norm, _ = updater.step()
+        loss_of(twin, 100).backward()
+        wanted = torch.nn.utils.clip_grad_norm_(twin.model.parameters(), 1.0)
+        theirs.step(), theirs.zero_grad()
+        assert norm == wanted > 1
+    assert same(model.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("last_good", [None, "epoch_004.pth.tar"])
+def test_twenty_in_a_row_are_the_end(last_good):
+    model, _, updater = parts()
+    for k in range(39):
+        updater.backward(loss_of(model, float("nan") if k != 19 else 1.0))
+        updater.step()
+        updater.check(k + 1, last_good)
+    updater.backward(loss_of(model, float("nan")))
+    updater.step()
+    with pytest.raises(RunError) as e:
+        updater.check(40, last_good)
+    assert "20 updates in a row, up to update 40" in one_line(e) and (last_good or "start again") in one_line(e)
+
+
+def test_half_precision_overflows_once_and_goes_on():
+    """A loss that fp16's scale of 2^16 takes beyond fp32: left out, the scale is halved, the next ones fit."""
+    model, built, updater = parts(precision=torch.float16)
+    one_good_update(model, updater)
+    before, scale = everything(model, built), updater.scaler.get_scale()
+    updater.backward(loss_of(model, 3e38 / 2 ** 15 / loss_of(model).item()))
+    assert not updater.step()[1] and same(before, everything(model, built))
+    assert updater.scaler.get_scale() == scale / 2 and updater.state_dict()["skipped"] == 1
+    updater.backward(loss_of(model))
+    assert updater.step()[1] and not same(before, everything(model, built))
+
+
+def test_its_state_goes_on():
+    model, _, updater = parts(precision=torch.float16)
+    for _ in range(3):
+        updater.backward(loss_of(model, float("inf")))
+        updater.step()
+    again = parts(precision=torch.float16)[2]
+    again.load_state_dict(updater.state_dict())
+    assert again.state_dict() == updater.state_dict() and again.scaler.get_scale() == 2 ** 13
+    single = parts()[2]  # resumed on a machine without half precision: no scale of 2^13
+    single.load_state_dict(updater.state_dict())
+    assert single.scaler.get_scale() == 1
+
+
+# ---- torch.compile
+
+def images():
+    return ImageDataset(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3), "abcd")
+
+
+@pytest.mark.parametrize("wanted, called", [(None, False), (False, False), (True, True)])
+def test_compile_on_the_cpu_only_when_asked(wanted, called, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda f: calls.append(f) or f)
+    compile_network(libs.DDPM(**SMALL), wanted, images(), CPU)
+    assert bool(calls) == called
+
+
+def test_a_compiler_that_fails_is_one_line(monkeypatch, capsys):
+    def broken(f):
+        def call(*args):
+            raise RuntimeError("no C++ compiler\nfound here")
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model = libs.DDPM(**SMALL)
+    wanted, rng = loss_of(model), torch.get_rng_state()
+    compile_network(model, True, images(), CPU)
+    assert capsys.readouterr().out == "compile: does not work here, going on without (no C++ compiler)\n"
+    assert torch.equal(loss_of(model), wanted) and torch.equal(torch.get_rng_state(), rng)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_compiled_is_the_same_network(monkeypatch, capsys):
+    """Through PyTorch's tracer; without its code generator, which takes minutes on a CPU."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: real(f, backend="eager", fullgraph=True))
+    model = libs.DDPM(**SMALL)
+    wanted, names = loss_of(model), list(model.state_dict())
+    compile_network(model, True, images(), CPU)
+    assert capsys.readouterr().out == "the network is compiled\n"
+    assert list(model.state_dict()) == names and torch.equal(loss_of(model), wanted)
