@@ -153,8 +153,10 @@ def main():
             norm_meter.update(norm.nan_to_num(0, 0, 0), finite)
             tenths.update(losses, t)
             out.bar.update()
-            if step - first_step == 10:
-                out.say(f"about {(time.time() - clock) / 600 * (total_steps - first_step):.0f} minutes lie ahead")
+            if step == first_step + 10:  # the first updates are slower than those to come
+                warm = time.time()
+            elif step == first_step + 40:
+                out.say(f"about {(time.time() - warm) / 30 / 60 * (total_steps - step):.0f} minutes lie ahead")
             if device.type == "cpu" or step % updater.LIMIT == 0:
                 updater.check(step, out.last_good)
             if step % args.print_freq == 0 or step == total_steps:

@@ -1,0 +1,80 @@
+"""Sets of images as people look at them: grids, captioned sheets, animations, folders. All uint8, N x C x H x W."""
+
+import os
+import shutil
+
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from .errors import RunError, reason, shown
+from .images import whole_file
+
+CAPTION = 20  # pixels
+
+
+def grid(images, nrow):
+    """A Pillow image, `nrow` images in each row, one pixel between them."""
+    return to_pil_image(make_grid(images, nrow=nrow, padding=1)[:images.shape[1]])  # make_grid turns grey into RGB
+
+
+def sheet(panels, nrow):
+    """Grids below each other, each under its caption: a Pillow image.
+
+    panels: list of (caption, images). Small images are enlarged, so that they suit the text.
+    """
+    zoom = max(1, 64 // panels[0][1].shape[-1])
+    grids = [grid(images, nrow) for _, images in panels]
+    grids = [g.resize((g.width * zoom, g.height * zoom), Image.Resampling.NEAREST) for g in grids]
+    font = ImageFont.load_default()
+    width = max(max(g.width, 8 + int(font.getlength(caption))) for (caption, _), g in zip(panels, grids))
+    picture = Image.new("RGB", (width, sum(CAPTION + g.height for g in grids)), "white")
+    top = 0
+    for (caption, _), g in zip(panels, grids):
+        ImageDraw.Draw(picture).text((4, top + 4), caption, "black", font)
+        picture.paste(g, (0, top + CAPTION))
+        top += CAPTION + g.height
+    return picture
+
+
+def write_png(path, picture):
+    """Write a Pillow image, whole or not at all. RunError where that is impossible."""
+    with whole_file(path) as f:
+        picture.save(f, "PNG")
+
+
+def write_gif(path, pictures, milliseconds=100, last=2000):
+    """Write Pillow images as an endless animation, the last frame shown longer; whole or not at all (RunError)."""
+    durations = [milliseconds] * (len(pictures) - 1) + [last]
+    with whole_file(path) as f:
+        pictures[0].save(f, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def folder_names(classes, num_classes):
+    """Names of one folder per class, as `read_images` takes them; None where the classes' names are not known or are no
+    plain folder names (FashionMNIST has a "T-shirt/top")."""
+    names = [str(c) for c in classes or ()]
+    plain = all(n and n[0] != "." and not set(n) & set("/\\:\0") for n in names)
+    return names if plain and len(names) == len(set(names)) == num_classes else None
+
+
+def write_folder(path, images, folders=None):
+    """Write 00000.png, 00001.png, ... into a new or empty folder, which appears when it is whole.
+
+    folders: for each image the name of its sub-folder, a plain name; None: no sub-folders.
+    Raises RunError where that is impossible.
+    """
+    path = os.path.realpath(path)
+    partial = f"{path}.{os.getpid()}.partial"
+    try:
+        for k, image in enumerate(images):
+            folder = os.path.join(partial, folders[k] if folders else "")
+            os.makedirs(folder, exist_ok=True)
+            to_pil_image(image).save(os.path.join(folder, f"{k:05d}.png"))
+        if os.path.isdir(path):
+            os.rmdir(path)  # fails unless it is empty
+        os.replace(partial, path)
+    except OSError as e:
+        raise RunError(f"cannot write {shown(path)}: {reason(e)}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
