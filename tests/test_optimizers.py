@@ -18,14 +18,15 @@ CFG = {**DEFAULTS["train_cfg"], "optimizer": "muon", "lr": 1e-2, "weight_decay":
 def test_orthogonalize_keeps_the_singular_vectors_and_levels_the_values(shape):
     u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     s = torch.linspace(1, 0.1, len(v))
-    out = orthogonalize(u @ s.diag() @ v)
+    out, other = orthogonalize(torch.stack([u @ s.diag() @ v, torch.randn(shape)]))
     levelled = u.T @ out @ v.T
     assert (levelled - levelled.diag().diag()).abs().max() < 1e-4
     assert levelled.diag().min() > 0.6 and levelled.diag().max() < 1.25
+    assert other.shape == shape
 
 
 def test_zero_gradient_is_no_nan():
-    assert torch.equal(orthogonalize(torch.zeros(4, 9)), torch.zeros(4, 9))
+    assert torch.equal(orthogonalize(torch.zeros(2, 4, 9)), torch.zeros(2, 4, 9))
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with PyTorch 2.9")

@@ -1,5 +1,7 @@
 """The optimizers of train.py: AdamW, and Muon for the convolutions with AdamW for the rest."""
 
+from collections import defaultdict
+
 import torch
 
 
@@ -39,38 +41,42 @@ class Muon(torch.optim.AdamW):
         if float(getattr(self, "found_inf", 0)):  # GradScaler's word for: leave this update out
             return None
         for group in self.param_groups:
+            by_shape = defaultdict(list)
             for p in group["params"] if group["orthogonal"] else ():
                 if p.grad is not None:
-                    self._orthogonal_step(p, group["lr"], group["weight_decay"])
-                    p.grad = None  # done: AdamW passes over it
+                    by_shape[p.shape].append(p)
+            for parameters in by_shape.values():  # together: one matrix of this size keeps no machine busy
+                self._orthogonal_step(parameters, group["lr"], group["weight_decay"])
         return super().step(closure)
 
-    def _orthogonal_step(self, p, lr, weight_decay):
-        state = self.state[p]
-        if not state:  # under AdamW's names, which its load_state_dict looks for
-            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
-        state["step"] += 1
-        momentum = state["exp_avg"].lerp_(p.grad, 1 - self.MOMENTUM)
-        update = p.grad.lerp(momentum, self.MOMENTUM)  # Nesterov's
-        update = orthogonalize(update.flatten(1))
-        p.mul_(1 - lr * weight_decay)
-        p.add_(update.reshape(p.shape), alpha=-lr * 0.2 * max(update.shape) ** 0.5)
+    def _orthogonal_step(self, parameters, lr, weight_decay):
+        for p in parameters:
+            if not self.state[p]:  # under AdamW's names, which its load_state_dict looks for
+                self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
+            self.state[p]["step"] += 1
+            self.state[p]["exp_avg"].lerp_(p.grad, 1 - self.MOMENTUM)
+        updates = orthogonalize(torch.stack([
+            p.grad.lerp(self.state[p]["exp_avg"], self.MOMENTUM).flatten(1) for p in parameters]))  # Nesterov's
+        for p, update in zip(parameters, updates):
+            p.mul_(1 - lr * weight_decay).add_(update.reshape(p.shape), alpha=-lr * 0.2 * max(update.shape) ** 0.5)
+            p.grad = None  # done: AdamW passes over it
 
 
-def orthogonalize(matrix):
-    """U V^T of the singular value decomposition U S V^T, roughly: M x N -> M x N, singular values 0.7 to 1.2.
+def orthogonalize(matrices):
+    """U V^T of the singular value decomposition U S V^T, roughly: B x M x N -> B x M x N, singular values 0.7 to 1.2.
 
     Five steps of a Newton-Schulz iteration, X <- (a + b X X^T + c (X X^T)^2) X with Jordan's coefficients, which give
     up exactness for speed. All steps are polynomials of the first X X^T, so the work is done at its size.
     """
-    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = x / x.norm().clamp(min=1e-7)
-    gram, product = x @ x.T, None
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    gram, product = x @ x.mT, None
     for step in range(5):
-        factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        factor.diagonal().add_(3.4445)
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
         product = factor if product is None else factor @ product
         if step < 4:
             gram = factor @ gram @ factor
     x = product @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+    return x.mT if tall else x
