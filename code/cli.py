@@ -9,6 +9,7 @@ import torch
 
 from libs.distributed import lost_peer
 from libs.errors import RunError, UsageError, reason
+from libs.samplers import SPACINGS
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,6 +28,39 @@ def positive(text):
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is too few; 1 is the least")
     return value
+
+
+# of libs.sampling_options; the flags of add_sampler_flags
+SETTINGS = ("sampler", "steps", "guidance_scale", "guidance_interval", "clip", "eta", "spacing", "S_churn")
+
+
+def add_sampler_flags(parser):
+    """The flags that say how images are drawn; `sampler_settings` reads them."""
+    way = parser.add_argument_group("the sampler; what is not given is the config's, see sample_cfg in libs/config.py")
+    way.add_argument("--sampler", default=None)
+    way.add_argument("--steps", type=positive, default=None)
+    way.add_argument("--guidance-scale", type=float, default=None)
+    way.add_argument("--guidance-interval", type=interval, default=None, metavar="LO,HI",
+                     help="guide only at noise levels LO < sigma <= HI")
+    way.add_argument("--clip", action=argparse.BooleanOptionalAction, default=None,
+                     help="keep predicted pixels in [-1, 1]")
+    way.add_argument("--eta", type=float, default=None, help="new noise in each step, 0 to 1: ddim, euler_ancestral")
+    way.add_argument("--spacing", choices=SPACINGS, default=None, help="of ddim's timesteps")
+    way.add_argument("--S-churn", type=float, default=None, help="new noise on the whole way: heun")
+
+
+def sampler_settings(args):
+    """What of SETTINGS was given on the command line, None for the rest."""
+    return {key: getattr(args, key) for key in SETTINGS}
+
+
+def interval(text):
+    """Type of --guidance-interval."""
+    try:
+        lo, hi = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no pair of noise levels such as 0.3,5") from None
+    return lo, hi
 
 
 def check_output(path, overwrite, flag="--output"):

@@ -7,7 +7,6 @@ python ./sample.py RUN --gif                                                    
 python ./sample.py RUN --interpolate 10                                             rows from one noise to another
 python ./sample.py RUN --compare ddim:10,ddim:50,heun:9                             samplers side by side"""
 
-import argparse
 import os
 import time
 
@@ -15,18 +14,16 @@ import torch
 from tqdm import tqdm
 
 import libs
-from cli import Parser, check_output, positive, run
+from cli import Parser, add_sampler_flags, check_output, positive, run, sampler_settings
 from libs.checkpoint import load_checkpoint, model_file
 from libs.drawing import draw_images, interpolated_noise
 from libs.errors import UsageError, shown
 from libs.images import to_uint8, write_npz
 from libs.models import model_from
 from libs.pictures import folder_names, grid, sheet, write_folder, write_gif, write_png
-from libs.samplers import SPACINGS
 from libs.seeds import image_noise
 from libs.training import pick_device
 
-SETTINGS = ("guidance_scale", "guidance_interval", "clip", "eta", "spacing", "S_churn")
 FRAMES = 40  # of an animation, at most
 BAR = "{percentage:3.0f} %|{bar}| {elapsed}, {remaining} left"
 
@@ -36,17 +33,7 @@ def parse_args():
     parser.add_argument("checkpoint", help="a checkpoint of train.py, or a run folder")
     parser.add_argument("--labels", default="", metavar="L,L,...", help="classes to draw (default: all)")
     parser.add_argument("--num", type=positive, default=None, help="images per class (default 10; for --compare 1)")
-    way = parser.add_argument_group("the sampler; what is not given is the config's, see sample_cfg in libs/config.py")
-    way.add_argument("--sampler", default=None)
-    way.add_argument("--steps", type=positive, default=None)
-    way.add_argument("--guidance-scale", type=float, default=None)
-    way.add_argument("--guidance-interval", type=interval, default=None, metavar="LO,HI",
-                     help="guide only at noise levels LO < sigma <= HI")
-    way.add_argument("--clip", action=argparse.BooleanOptionalAction, default=None,
-                     help="keep predicted pixels in [-1, 1]")
-    way.add_argument("--eta", type=float, default=None, help="new noise in each step, 0 to 1: ddim, euler_ancestral")
-    way.add_argument("--spacing", choices=SPACINGS, default=None, help="of ddim's timesteps")
-    way.add_argument("--S-churn", type=float, default=None, help="new noise on the whole way: heun")
+    add_sampler_flags(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--gif", action="store_true", help="the denoising, as with an --output that ends in .gif")
     what.add_argument("--interpolate", type=positive, default=None, metavar="N",
@@ -71,15 +58,6 @@ def parse_args():
     if args.interpolate == 1:
         raise UsageError("--interpolate: 1 is too few; 2 is the least, the two ends")
     return args
-
-
-def interval(text):
-    """Type of --guidance-interval."""
-    try:
-        lo, hi = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no pair of noise levels such as 0.3,5") from None
-    return lo, hi
 
 
 def kind_of_output(path, overwrite):
@@ -151,9 +129,9 @@ def main():
     model.check_labels(classes)
     columns = args.interpolate or args.num or (1 if args.compare else 10)
     labels = classes.repeat(columns)
-    given = {key: getattr(args, key) for key in SETTINGS}
+    given = sampler_settings(args)
     ways = parse_ways(args.compare) if args.compare else [(args.sampler, args.steps)]
-    ways = [libs.sampling_options(config, sampler=sampler, steps=steps, **given) for sampler, steps in ways]
+    ways = [libs.sampling_options(config, **given | {"sampler": sampler, "steps": steps}) for sampler, steps in ways]
     plans = [model.plan(**options) for options in ways]
     if args.interpolate and is_random(plans[0]):
         raise UsageError(f"--interpolate: {plans[0].sampler} adds noise on the way, so that neighbours would differ; "

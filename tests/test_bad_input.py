@@ -1,6 +1,5 @@
 """A user's mistakes, given to train.py: one line that names them, exit status 2, and nothing written."""
 
-import os
 import struct
 import subprocess
 import sys
@@ -8,62 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from PIL import Image
 
 import train
-from libs import RunError, UsageError, build_model, datasets, load_config, save_checkpoint
-from libs.config import CODE, portable
+from helpers import Evil, Place
+from libs import RunError, UsageError, datasets
+from libs.config import CODE
 from cli import run
-from libs.tiny_autoencoder import build_decoder, build_encoder
-
-
-class Evil:
-    """Unpickling this would run a command."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch '{self.path}'",)
-
-
-class Place:
-    """A folder with four images and a config that would train on them."""
-
-    def __init__(self, root):
-        self.root, self.runs, self.config = root, root / "runs", root / "tiny.yaml"
-        for k, name in enumerate(["cat", "dog"]):
-            (root / "images" / name).mkdir(parents=True)
-            for i in range(2):
-                Image.new("RGB", (20, 20), (100 * k + 50 * i,) * 3).save(root / "images" / name / f"{i}.png")
-        self.config.write_text(yaml.safe_dump({
-            "devices": ["cpu"], "output_folder": str(self.runs),
-            "dataset": {"name": "ImageFolder", "data_folder": str(root / "images"), "img_size": 16},
-            "loader": {"batch_size": 2},
-            "model": {"dim": 8, "context_dim": 8, "dim_mults": [1, 2], "attn_levels": [], "timesteps": 10},
-            "sample_cfg": {"steps": 2}}))
-
-    def checkpoint(self, *overrides, **more):
-        """Path of a checkpoint in a run folder, as if trained with these settings."""
-        config = load_config(str(self.config), overrides)
-        config["model"]["num_classes"] = 2
-        weights = build_model(config).state_dict()
-        folder = self.root / "old-run"
-        save_checkpoint({"epoch": 1, "batch": 0, "step": 2, "config": portable(config), "state_dict": weights,
-                         "state_dict_ema": weights, "optimizer": {}, "scaler": {}, "rng": {}, **more},
-                        False, str(folder), "epoch_000.pth.tar")
-        return folder / "epoch_000.pth.tar"
-
-    def autoencoder(self):
-        """--set arguments for an autoencoder with weights of the right shapes."""
-        torch.save(build_encoder().state_dict(), self.root / "encoder.pth")
-        torch.save(build_decoder().state_dict(), self.root / "decoder.pth")
-        return {"model.use_vae": "true", "model.vae_encoder_weights": self.root / "encoder.pth",
-                "model.vae_decoder_weights": self.root / "decoder.pth"}
-
-    def files(self):
-        return sorted(str(p) for p in self.root.rglob("*"))
 
 
 @pytest.fixture
@@ -127,7 +76,7 @@ def test_broken_config(place, refused):
     ("dataset.split=test", ["dataset.data_folder", "test"]),
     ("model.num_classes=5", ["model.num_classes", "5", "2 classes"]),
     ("model.num_classes=1", ["model.num_classes", "1", "2 classes"]),
-    ("sample_cfg.sampler=heun", ["sample_cfg.sampler", "'heun'", "ddpm, ddim"]),
+    ("sample_cfg.sampler=hein", ["sample_cfg.sampler", "'hein'", "heun", "ddpm, ddim"]),
     ("sample_cfg.steps=11", ["sample_cfg.steps", "11", "at most model.timesteps", "10"]),
     ("sample_cfg.guidance_scale=3", ["sample_cfg.guidance_scale", "3", "model.label_dropout"]),
     ("seed", ["--set", "'seed'", "key.sub=value"]),

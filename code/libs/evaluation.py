@@ -1,0 +1,149 @@
+"""From a set of generated images to numbers that can be believed: each beside its floor and its ceiling."""
+
+import os
+
+import torch
+
+from .datasets import build_dataset
+from .drawing import draw_images
+from .errors import UsageError
+from .features import extract_features, load_extractor, real_statistics
+from .fid import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
+from .images import ImageSet, to_uint8
+from .memorization import MemorizationTest
+from .models import sampling_options
+from .seeds import seeded_generator
+
+KD_SUBSET = 1000  # rows of one estimate of the kernel distance, as is usual
+NOISE_IMAGES = 2000  # enough to say how far away noise is
+
+
+class RealImages:
+    """The training and test images that generated ones are measured against, and their features.
+
+    Args:
+        config: a configuration; its `dataset`, whose `split` is not used, and its `eval.features`.
+        device: where features are made.
+        weights: the extractor's weight file; None is its own, for "autoencoder" the configuration's encoder.
+        progress: called as progress(number of images) while features are made; not for those from a cache.
+        say: gets lines of text.
+
+    Attributes: `train`, `test` (ImageSet, uint8, cut out of the centre), `features` (split -> N x D), `extractor`.
+
+    Raises UsageError or RunError where data or extractor cannot be had.
+    """
+
+    def __init__(self, config, device, weights=None, progress=None, say=print):
+        data, name = config["dataset"], config["eval"]["features"]
+        name = name or ("classifier" if data["name"] == "MNIST" else "inception")
+        if name == "autoencoder":
+            weights = weights or config["model"]["vae_encoder_weights"]
+        self.extractor, self.sets, self.features = load_extractor(name, device, weights), {}, {}
+        cache = os.path.join(data["data_folder"], ".features")
+        for split in ("train", "test"):
+            dataset, _, _ = build_dataset(data["name"], split, data["data_folder"], data["img_size"],
+                                          limit=data["limit"] if split == "train" else None)
+            images = ImageSet(dataset.images, dataset.labels, dataset.classes, dataset.img_size)
+            _, self.features[split] = real_statistics(self.extractor, images, cache, 200, progress, say)
+            self.sets[split] = images
+        self.train, self.test = self.sets["train"], self.sets["test"]
+
+    def some(self, split, n):
+        """Features of `n` images, always the same ones: n x D."""
+        order = torch.randperm(len(self.sets[split]), generator=seeded_generator("reference", split))
+        return self.features[split][order[:n]]
+
+
+def labels_like(labels, num_classes, n):
+    """`n` labels whose histogram is that of `labels`, to the nearest whole image: n, long, classes in turn."""
+    share = torch.bincount(labels, minlength=num_classes).double() * n / len(labels)
+    counts = share.floor().long()
+    counts[(share - counts).argsort(descending=True, stable=True)[:n - int(counts.sum())]] += 1  # largest remainders
+    drawn = torch.arange(num_classes).repeat_interleave(counts)
+    return drawn[torch.randperm(n, generator=seeded_generator("labels"))]
+
+
+def evaluate_model(model, config, real, device):
+    """The numbers of `eval.num` images of a model in training, as name -> number; no search for copies."""
+    labels = labels_like(real.test.labels, model.num_classes, config["eval"]["num"])
+    pixels = [to_uint8(x) for x in draw_images(model, labels, sampling_options(config), config["seed"], device=device)]
+    return scalars(evaluate(ImageSet(torch.cat(pixels), labels), real, memorization=False))
+
+
+def scalars(report):
+    """What of a report `evaluate` made is worth a curve: name -> number."""
+    numbers = {key: value for key, value in report["generated"].items() if isinstance(value, float)}
+    return numbers | {"fd_floor": report["floor"]["fd_train"]}
+
+
+def evaluate(generated, real, memorization=True, progress=None):
+    """All numbers of one set of generated images.
+
+    Args:
+        generated: ImageSet of the real images' shape; with `labels`, if label accuracy is wanted.
+        real: RealImages.
+        memorization: look for copies of training images too (the slowest part).
+        progress: called as progress(images done) while features are made.
+
+    Returns:
+        dict of plain values: `n` images of each set were compared with each other; `generated`, `floor` (the test
+        images in their place) and `ceiling` (noise) each have `fd_train`, `fd_test`, `kd`, `kd_std`, `precision`,
+        `recall` and, where the extractor can read labels, `label_accuracy`; `memorization` is the report of a
+        MemorizationTest.
+
+    Raises:
+        UsageError: images of another shape, or fewer than a metric can bear.
+    """
+    extractor, shape = real.extractor, real.train.shape[1:]
+    if generated.shape[1:] != shape:
+        raise UsageError(f"images are {_size(generated.shape[1:])}, those of the data set {_size(shape)}")
+    n = min(len(generated), len(real.train), len(real.test))
+    if n < 2:
+        raise UsageError(f"{n} image{'s' * (n != 1)}; a Frechet distance needs at least 2")
+    features = extract_features(extractor, generated.batches(200), progress)
+    train, test = real.some("train", n), real.some("test", n)
+    noise = torch.randint(256, (min(n, NOISE_IMAGES), *shape), dtype=torch.uint8, generator=seeded_generator("noise"))
+    noise = extract_features(extractor, noise.split(200))
+
+    report = {
+        "n": n, "metric": extractor.metric, "extractor": extractor.name, "extractor_hash": extractor.hash,
+        "generated": _distances(features[:n], train, test), "floor": _distances(test, train, None),
+        "ceiling": _distances(noise, train, test), "ceiling_n": len(noise),
+    }
+    if len(features) > n:
+        report["fd_train_all"] = frechet_distance(_statistics(features), _statistics(real.features["train"]))
+        report["n_all"] = [len(features), len(real.train)]
+    if hasattr(extractor, "logits"):
+        for key, rows, labels in (("generated", features, generated.labels),
+                                  ("floor", real.features["test"], real.test.labels)):
+            if labels is not None:
+                hit = extractor.logits(rows).argmax(1) == labels
+                report[key]["label_accuracy"] = float(hit.double().mean())
+                report[key]["label_accuracy_by_class"] = [
+                    round(float(hit[labels == k].double().mean()), 6) if (labels == k).any() else None
+                    for k in range(len(real.train.classes))]
+    if memorization:
+        test = MemorizationTest(real.train.take().images, real.test.take().images,
+                                (real.features["train"], real.features["test"]))
+        report["memorization"] = test.report(generated.take().images, features)
+    return report
+
+
+def _statistics(features):
+    return FeatureStatistics(features.shape[1]).update(features)
+
+
+def _distances(features, train, test):
+    """The metrics of one set against the real ones. test: None where the set is the test set."""
+    numbers = {"fd_train": frechet_distance(_statistics(features), _statistics(train))}
+    if test is not None:
+        numbers["fd_test"] = frechet_distance(_statistics(features), _statistics(test))
+    size = min(KD_SUBSET, len(features))
+    numbers["kd"], numbers["kd_std"] = kernel_distance(train, features, size, 50)
+    if min(len(features), len(train)) > 3:
+        numbers["precision"], numbers["recall"] = precision_recall(train, features)
+    return numbers
+
+
+def _size(shape):
+    return " x ".join(map(str, shape))

@@ -1,0 +1,96 @@
+"""Does the memorization test find copies, and nothing else? Sets of real digits of which it is known:
+
+python ./memorization_controls.py --output ../results/memorization/controls.json
+
+The test is told that 50,000 training digits are all that a model saw. Others, which it did not see, stand for what
+the model draws: as they are (nobody may be accused), and with 1 %, 10 % and 100 % of them replaced by copies."""
+
+import json
+
+import torch
+from tqdm import tqdm
+
+import libs
+from cli import Parser, check_output, positive, run
+from libs.errors import UsageError, shown
+from libs.features import extract_features, load_extractor
+from libs.memorization import KINDS, MemorizationTest, slip_in
+from libs.seeds import seeded_generator
+
+SHARES = (0.01, 0.1, 1.0)
+TRAIN = 50000
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    parser.add_argument("--data-folder", default="../data", help="where MNIST is, or is downloaded to")
+    parser.add_argument("--num", type=positive, default=2000, help="images in each set (default 2000)")
+    parser.add_argument("--output", default="controls.json", metavar="FILE.json",
+                        help="a figure of that name in PNG goes beside it")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    args = parser.parse_args()
+    if not args.output.endswith(".json"):
+        raise UsageError(f"--output: {args.output} must end in .json")
+    for path in (args.output, args.output[:-4] + "png"):
+        check_output(path, args.overwrite)
+    return args
+
+
+def plot(rows, path):
+    """Estimated against true share, one panel a kind of copy."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no figure: matplotlib is missing (pip install -r requirements-extra.txt)")
+        return
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    for axis, kind in zip(figure.subplots(1, len(KINDS), sharey=True), KINDS):
+        shown_rows = [r for r in rows if r["kind"] in (kind, "none")]
+        true, found = ([100 * r[key] for r in shown_rows] for key in ("true_share", "share"))
+        errors = [[100 * max(r["share"] - r["share_low"], 0) for r in shown_rows],
+                  [100 * max(r["share_high"] - r["share"], 0) for r in shown_rows]]
+        axis.errorbar(true, found, errors, fmt="none", color="black", capsize=3)
+        for x, y, row in zip(true, found, shown_rows):  # filled: the test says "copies"
+            axis.plot(x, y, "o", color="black", markerfacecolor="black" if row["detected"] else "white")
+        axis.plot([0, 100], [0, 100], color="grey", linewidth=0.7, zorder=0)
+        axis.set_xscale("symlog", linthresh=0.5), axis.set_yscale("symlog", linthresh=0.5)
+        axis.set_xticks([0, 1, 10, 100], ["0", "1", "10", "100"]), axis.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
+        axis.set_title(f"copies, {kind}"), axis.set_xlabel("true share (%)")
+    figure.axes[0].set_ylabel("estimated share (%)")
+    figure.savefig(path, dpi=150)
+    print(f"figure in {shown(path)}")
+
+
+def main():
+    args = parse_args()
+    data = {split: libs.build_dataset("MNIST", split, args.data_folder)[0].images for split in ("train", "test")}
+    order = torch.randperm(len(data["train"]), generator=seeded_generator("controls"))
+    train, fresh = data["train"][order[:TRAIN]], data["train"][order[TRAIN:]][:args.num]
+    if len(fresh) < args.num:
+        raise UsageError(f"--num: {args.num}; at most {len(fresh)} digits are left")
+    extractor = load_extractor("classifier")
+
+    def features(images):
+        return extract_features(extractor, images.split(500))
+
+    print(f"{1 + len(KINDS) * len(SHARES)} sets of {args.num:,} images against {TRAIN:,} training images", flush=True)
+    test = MemorizationTest(train, data["test"], (features(train), features(data["test"])))
+    sets = [("none", 0.0)] + [(kind, share) for kind in KINDS for share in SHARES]
+    rows = []
+    for kind, share in tqdm(sets, unit="set", disable=None):
+        images = slip_in(fresh, train, share, kind)[0] if share else fresh
+        report = test.report(images, features(images))
+        copies = report["copies"]
+        rows.append({"kind": kind, "true_share": share} | {
+            key: copies[key] for key in ("detected", "share", "share_low", "share_high", "p_value")} | {
+            f"{measure}_{space}": report[space][measure] for space in ("pixels", "features")
+            for measure in ("ratio", "C_T", "authentic_generated")})
+        tqdm.write(f"{kind:<13}{share:>5.0%}  {copies['verdict']}")
+    with open(args.output, "w") as f:
+        json.dump({"num": args.num, "train": TRAIN, "classifier": extractor.hash, "level": copies["level"],
+                   "sets": rows}, f, indent=1)
+    plot(rows, args.output[:-4] + "png")
+
+
+if __name__ == "__main__":
+    run(main)

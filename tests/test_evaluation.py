@@ -1,0 +1,95 @@
+"""The report of evaluation.py: what stands beside what, and at which n."""
+
+import pytest
+import torch
+
+from helpers import one_line
+from libs import UsageError
+from libs.evaluation import RealImages, evaluate, labels_like, scalars
+from libs.features import Extractor
+from libs.images import ImageSet
+
+
+class Corners(Extractor):
+    """Features that can be worked out by hand: four pixels, and labels that are read off one of them."""
+
+    name, metric, dim, hash = "corners", "FD (corners)", 4, "0" * 12
+
+    def __call__(self, images):
+        return images[:, 0, :2, :2].flatten(1).float()
+
+    def logits(self, features):
+        return torch.nn.functional.one_hot((features[:, 0] > 127).long(), 2).float()
+
+
+def images(n, seed, low=0, high=256):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(low, high, (n, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return ImageSet(pixels, (pixels[:, 0, 0, 0] > 127).long(), ["dark", "light"])
+
+
+def real_images(train, test):
+    real = RealImages.__new__(RealImages)
+    real.extractor, real.train, real.test, real.sets = Corners(), train, test, {"train": train, "test": test}
+    real.features = {split: real.extractor(s.images) for split, s in real.sets.items()}
+    return real
+
+
+REAL = real_images(images(600, 1), images(300, 2))
+
+
+def test_labels_follow_the_histogram():
+    labels = torch.tensor([0] * 50 + [1] * 30 + [3] * 20)
+    assert torch.bincount(labels_like(labels, 5, 10)).tolist() == [5, 3, 0, 2]
+    for n in (1, 7, 333):
+        drawn = torch.bincount(labels_like(labels, 5, n), minlength=5)
+        assert drawn.sum() == n and (drawn - n * torch.tensor([0.5, 0.3, 0, 0.2, 0])).abs().max() < 1
+    assert torch.equal(labels_like(labels, 5, 100), labels_like(labels, 5, 100))
+
+
+def test_the_test_images_as_samples_are_the_floor():
+    report = evaluate(REAL.test, REAL, memorization=False)
+    assert report["n"] == 300
+    for key in ("fd_train", "kd", "precision", "recall", "label_accuracy"):
+        assert report["generated"][key] == pytest.approx(report["floor"][key], rel=1e-9), key
+    assert report["generated"]["fd_test"] < 1e-6
+    assert report["generated"]["label_accuracy"] == 1 and report["generated"]["label_accuracy_by_class"] == [1, 1]
+
+
+def test_worse_images_lie_between_floor_and_ceiling():
+    """All pixels 20 brighter: the covariances are one, so the closed form is the squared distance of the means."""
+    def bright(seed, shift, n=3000):
+        return ImageSet(images(n, seed, 0, 200).images + shift, torch.zeros(n).long(), ["dark", "light"])
+
+    real, drawn = real_images(bright(1, 0), bright(2, 0)), bright(3, 20)
+    report = evaluate(drawn, real, memorization=False)
+    for split, key in (("train", "fd_train"), ("test", "fd_test")):
+        apart = (Corners()(drawn.images).mean(0) - real.features[split].mean(0)).square().sum()
+        assert report["generated"][key] == pytest.approx(float(apart), abs=15) and apart > 1000
+    assert report["floor"]["fd_train"] < 50 < report["generated"]["fd_train"] < report["ceiling"]["fd_train"]
+
+
+def test_all_sets_have_the_same_n():
+    """Half as many samples: floor and distance are taken at that n; more samples than test images: said as well."""
+    few = evaluate(ImageSet(images(100, 5).images), REAL, memorization=False)
+    assert few["n"] == 100 and few["floor"]["fd_train"] > evaluate(images(300, 5), REAL, False)["floor"]["fd_train"]
+    assert "label_accuracy" not in few["generated"] and "fd_train_all" not in few
+    many = evaluate(images(500, 5), REAL, memorization=False)
+    assert many["n"] == 300 and many["n_all"] == [500, 600] and many["fd_train_all"] >= 0
+    assert many["generated"]["fd_train"] == evaluate(
+        ImageSet(images(500, 5).images[:300]), REAL, False)["generated"]["fd_train"]
+
+
+def test_scalars_are_numbers_for_a_curve():
+    numbers = scalars(evaluate(REAL.test, REAL, memorization=False))
+    assert {"fd_train", "fd_test", "fd_floor", "precision", "recall", "label_accuracy"} <= numbers.keys()
+    assert all(isinstance(v, float) for v in numbers.values())
+
+
+def test_what_cannot_be_compared():
+    with pytest.raises(UsageError) as e:
+        evaluate(ImageSet(torch.zeros(5, 3, 8, 8, dtype=torch.uint8)), REAL)
+    assert "3 x 8 x 8" in one_line(e) and "1 x 8 x 8" in one_line(e)
+    with pytest.raises(UsageError) as e:
+        evaluate(ImageSet(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)), REAL)
+    assert "at least 2" in one_line(e)
