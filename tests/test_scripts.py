@@ -10,6 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+import libs
+from libs.classifier import load_classifier
+from libs.drawing import draw_images
 from libs.tiny_autoencoder import build_decoder, build_encoder
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
@@ -115,12 +118,21 @@ def test_a_batch_changes_no_image(tmp_path):
     assert (one - six).abs().max() <= 1  # rounding to grey levels, nothing more
 
 
-def test_label_accuracy_of_the_shipped_model(tmp_path):
-    done = python("./evaluate.py", MODEL, "--num", "100", "--output", tmp_path / "a.json")
+def test_label_accuracy_of_the_shipped_model():
+    model, config = libs.load_model(MODEL)
+    labels = torch.arange(100) % 10
+    images = torch.cat(list(draw_images(model, labels, libs.sampling_options(config))))
+    # at least 99 % of 10,000 are right; of 100, fewer than 95 would be a chance of one in a thousand
+    assert (load_classifier()(images).argmax(1) == labels).sum() >= 95
+
+
+def test_the_whole_report_of_the_shipped_model(real_data, tmp_path):
+    done = python("./evaluate.py", MODEL, "--num", "200", "--data-folder", os.path.join(real_data, "mnist"),
+                  "--output", tmp_path / "a.json")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "a.json").read_text())
-    # at least 98 % of 1,000 are right; of 100, fewer than 93 would be a chance of one in a thousand
-    assert figures["label_accuracy"] >= 0.93 and figures["num"] == 100
+    assert figures["floor"]["fd_train"] < figures["generated"]["fd_train"] < 0.05 * figures["ceiling"]["fd_train"]
+    assert figures["generated"]["label_accuracy"] > 0.95 and not figures["memorization"]["copies"]["detected"]
 
 
 def test_benchmark_prints_both_numbers():
