@@ -23,6 +23,7 @@ from libs.images import ImageSet, read_images, to_uint8
 from libs.memorization import LEAST
 from libs.models import model_from
 from libs.pictures import sheet, write_png
+from libs.seeds import seeded_generator
 from libs.training import pick_device
 
 
@@ -91,6 +92,7 @@ def seconds_per_call(model, batch_size, device):
 def table(report):
     """The figures as lines of text: generated images between what real and what senseless ones get."""
     n, columns = report["n"], ("generated", "floor", "ceiling")
+    yield f"noise: {report['ceiling_n']:,} images; label accuracy: of all images"
     rows = [(f"{report['metric']} to {n:,} training images", "fd_train", "{:.3f}"),
             (f"{report['metric']} to {n:,} test images", "fd_test", "{:.3f}"),
             ("kernel distance x 1000", "kd", "{:.3f}"),
@@ -155,6 +157,9 @@ def main():
     json_path, png_path = outputs(args, run_folder or ".", what)
     if args.num < LEAST and not args.no_memorization:
         raise UsageError(f"--num: {args.num} is too few to look for copies; at least {LEAST}, or --no-memorization")
+    if config["dataset"]["split"] != "train" and not args.no_memorization:
+        raise UsageError(f"dataset.split: {args.source} was trained on the {config['dataset']['split']} images, which the "
+                         "search for copies takes for unseen ones; give --no-memorization")
     if args.data_folder:
         config["dataset"]["data_folder"] = args.data_folder
     config["eval"]["features"] = args.features or config["eval"]["features"]
@@ -165,7 +170,8 @@ def main():
     figures = {"source": shown(args.source), "data": config["dataset"]["name"]}
     if state is None:
         images = read_images(args.source, channels=real.train.shape[1], classes=real.train.classes)
-        images = images.take(torch.arange(min(args.num, len(images))))
+        order = torch.randperm(len(images), generator=seeded_generator(args.seed, "subset"))
+        images = images.take(order[:args.num])
     else:
         labels = labels_like(real.test.labels, len(real.train.classes), args.num)
         wanted = matched(labels, real, state.get("classes", real.train.classes))

@@ -6,6 +6,7 @@ The test is told that 50,000 training digits are all that a model saw. Others, w
 the model draws: as they are (nobody may be accused), and with 1 %, 10 % and 100 % of them replaced by copies."""
 
 import json
+import os
 
 import torch
 from tqdm import tqdm
@@ -14,16 +15,17 @@ import libs
 from cli import Parser, check_output, positive, run
 from libs.errors import UsageError, shown
 from libs.features import extract_features, load_extractor
-from libs.memorization import KINDS, MemorizationTest, slip_in
+from libs.memorization import KINDS, LEAST, MemorizationTest, slip_in
 from libs.seeds import seeded_generator
 
 SHARES = (0.01, 0.1, 1.0)
 TRAIN = 50000
+DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data")
 
 
 def parse_args():
     parser = Parser(__doc__)
-    parser.add_argument("--data-folder", default="../data", help="where MNIST is, or is downloaded to")
+    parser.add_argument("--data-folder", default=os.path.relpath(DATA), help="where MNIST is, or is downloaded to")
     parser.add_argument("--num", type=positive, default=2000, help="images in each set (default 2000)")
     parser.add_argument("--output", default="controls.json", metavar="FILE.json",
                         help="a figure of that name in PNG goes beside it")
@@ -31,6 +33,8 @@ def parse_args():
     args = parser.parse_args()
     if not args.output.endswith(".json"):
         raise UsageError(f"--output: {args.output} must end in .json")
+    if args.num < LEAST:
+        raise UsageError(f"--num: {args.num} is too few; at least {LEAST}")
     for path in (args.output, args.output[:-4] + "png"):
         check_output(path, args.overwrite)
     return args

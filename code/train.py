@@ -82,13 +82,15 @@ def main():
     world.connect(device)
 
     """3. Data: in [0, 1] for the autoencoder, in [-1, 1] for a model of pixels"""
+    world.one_after_the_other()  # the first may download what the others read
     dataset, _, _ = libs.build_dataset(data["name"], data["split"], data["data_folder"], data["img_size"],
                                        (0, 1) if config["model"]["use_vae"] else (-1, 1), data["limit"])
     loader = libs.build_dataloader(dataset, **config["loader"], seed=config["seed"], share=world.share)
     model.to(device, memory_format=memory_format(device))
     dataset.to(device)
     measure_data(model, dataset, device, say=print if world.first else None)
-    real = RealImages(config, device) if config["eval"]["every"] else None
+    world.one_after_the_other(done=True)
+    real = RealImages(config, device) if config["eval"]["every"] and world.first else None
     ema = ModelEMA(model, cfg["ema_decay"])
     optimizer = build_optimizer(model, cfg, device)
     updater = Updater(model, optimizer, precision, cfg["clip_grad_norm"], device)
@@ -182,12 +184,15 @@ def main():
         epoch, batch = epoch + 1, 0
 
         started = time.time()
+        if stop:
+            break
         if epoch < cfg["epochs"] and epoch % args.ckpt_freq == 0:
             save()
             out.sample(model, ema, epoch, step, device)
         if real and epoch % config["eval"]["every"] == 0:
             out.evaluate(ema, real, epoch, step, device)
         clock += time.time() - started
+    stop = stop if epoch < cfg["epochs"] else 0  # at the very end there is nothing left to stop
     path = save(is_final=not stop)
     if not stop:
         out.sample(model, ema, epoch, step, device)

@@ -135,7 +135,10 @@ def model_file(path):
     """The checkpoint to draw images from: the file itself, or of a run folder the final one, else the newest."""
     if not os.path.isdir(path):
         return path
-    found = [os.path.join(path, FINAL)] * os.path.isfile(os.path.join(path, FINAL)) + list_checkpoints(path)
+    found, final = list_checkpoints(path), os.path.join(path, FINAL)
+    # a run that was resumed leaves an older final one behind
+    if os.path.isfile(final) and not (found and os.path.getmtime(found[0]) > os.path.getmtime(final)):
+        return final
     if not found:
         raise UsageError(f"checkpoint: neither {FINAL} nor epoch_*.pth.tar in {path}")
     return found[0]
@@ -154,6 +157,7 @@ def check_resumable(config, state, path):
                              f"{key} is {there} there and {here} in the config")
     same = {f"{a}.{b}": (old[a].get(b), config[a][b]) for a, b in (
         ("dataset", "name"), ("dataset", "img_size"), ("dataset", "limit"), ("loader", "batch_size"))}
+    same["train_cfg.optimizer"] = old["train_cfg"].get("optimizer", "adamw"), config["train_cfg"]["optimizer"]
     same["seed"] = old["seed"], config["seed"]
     for key, (there, here) in same.items():
         if there != here:

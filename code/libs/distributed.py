@@ -39,6 +39,11 @@ class World:
         except (RuntimeError, ValueError) as e:
             raise RunError(f"process {self.rank} of {self.size} cannot meet the others ({e})") from None
 
+    def one_after_the_other(self, done=False):
+        """Let the first process go on, and the others when it calls this with `done`."""
+        if self.size > 1 and self.first == done:
+            dist.barrier()
+
     def share(self, n, key="loader.batch_size"):
         """The slice of a batch of n that is this process's. Raises UsageError where it cannot be divided."""
         if n % self.size:

@@ -46,6 +46,7 @@ class RealImages:
             images = ImageSet(dataset.images, dataset.labels, dataset.classes, dataset.img_size)
             _, self.features[split] = real_statistics(self.extractor, images, cache, 200, progress, say)
             self.sets[split] = images
+            self.mirrored = dataset.flip  # so that a model may have learnt mirrored images
         self.train, self.test = self.sets["train"], self.sets["test"]
 
     def some(self, split, n):
@@ -101,19 +102,20 @@ def evaluate(generated, real, memorization=True, progress=None):
     if n < 2:
         raise UsageError(f"{n} image{'s' * (n != 1)}; a Frechet distance needs at least 2")
     features = extract_features(extractor, generated.batches(200), progress)
+    chosen = torch.randperm(len(features), generator=seeded_generator("generated"))[:n]  # a folder is sorted by class
     train, test = real.some("train", n), real.some("test", n)
     noise = torch.randint(256, (min(n, NOISE_IMAGES), *shape), dtype=torch.uint8, generator=seeded_generator("noise"))
     noise = extract_features(extractor, noise.split(200))
 
     report = {
         "n": n, "metric": extractor.metric, "extractor": extractor.name, "extractor_hash": extractor.hash,
-        "generated": _distances(features[:n], train, test), "floor": _distances(test, train, None),
+        "generated": _distances(features[chosen], train, test), "floor": _distances(test, train, None),
         "ceiling": _distances(noise, train, test), "ceiling_n": len(noise),
     }
     if len(features) > n:
         report["fd_train_all"] = frechet_distance(_statistics(features), _statistics(real.features["train"]))
         report["n_all"] = [len(features), len(real.train)]
-    if hasattr(extractor, "logits"):
+    if getattr(extractor, "classes", None) == list(real.train.classes):  # it can read these labels
         for key, rows, labels in (("generated", features, generated.labels),
                                   ("floor", real.features["test"], real.test.labels)):
             if labels is not None:
@@ -124,7 +126,7 @@ def evaluate(generated, real, memorization=True, progress=None):
                     for k in range(len(real.train.classes))]
     if memorization:
         test = MemorizationTest(real.train.take().images, real.test.take().images,
-                                (real.features["train"], real.features["test"]))
+                                (real.features["train"], real.features["test"]), mirrored=real.mirrored)
         report["memorization"] = test.report(generated.take().images, features)
     return report
 

@@ -61,6 +61,7 @@ class ClassifierExtractor(Extractor):
     """The digit classifier, before its last layer: 128 numbers."""
 
     name, metric = "classifier", "FD (classifier)"
+    classes = [str(digit) for digit in range(10)]
 
     def __init__(self, weights=None, device="cpu"):
         path = WEIGHTS if weights is None else weights

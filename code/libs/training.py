@@ -86,7 +86,7 @@ class TenthsMeter:
 class Updater:
     """From the gradients to the weights: clip, and leave an update out where a gradient is not finite.
 
-    Nothing here waits for the GPU, but `check`. The work is GradScaler's; its scale, 1 but for fp16, is what keeps
+    With AdamW nothing here waits for the GPU, but `check`. The work is GradScaler's; its scale, 1 but for fp16, is what keeps
     the small gradients of half precision from becoming zero.
     """
 
@@ -108,7 +108,8 @@ class Updater:
         """Apply the gradients and forget them. Returns (norm before clipping, whether it was finite), as tensors."""
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        self.scaler.step(self.optimizer)
+        if self.scaler.is_enabled() or norm.isfinite():
+            self.scaler.step(self.optimizer)
         self.scaler.update(None if self.fp16 else 1.0)
         self.optimizer.zero_grad()
         finite = norm.isfinite()
