@@ -13,8 +13,8 @@ import torch
 from helpers import Evil, one_line
 from libs import RunError, UsageError, find_checkpoint, load_checkpoint, save_checkpoint
 from libs import checkpoint
-from libs.checkpoint import (FINAL, check_resumable, checkpoint_name, list_checkpoints, remove_old_checkpoints,
-                             set_aside_later)
+from libs.checkpoint import (FINAL, check_resumable, checkpoint_name, list_checkpoints, model_file,
+                             remove_old_checkpoints, set_aside_later)
 from libs.config import complete_config
 from libs.seeds import rng_state
 
@@ -296,3 +296,17 @@ def test_resume_where_the_folder_settles_the_classes(name, classes):
     saved = config(dataset__name=name)
     saved["model"]["num_classes"] = classes  # as train.py fills in
     check_resumable(config(dataset__name=name), {"config": saved, "batch": 0}, "path")
+
+
+def test_the_model_of_a_run_folder(tmp_path):
+    """The final one; but not where a resumed run has gone beyond it."""
+    with pytest.raises(UsageError, match="neither model_final.pth.tar nor"):
+        model_file(str(tmp_path))
+    for age, name in ((30, "epoch_009.pth.tar"), (20, "epoch_019.pth.tar"), (20, "model_final.pth.tar")):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    assert model_file(str(tmp_path)).endswith("model_final.pth.tar")
+    (tmp_path / "epoch_024.pth.tar").touch()
+    os.utime(tmp_path / "epoch_024.pth.tar", (1e9, 1e9))
+    assert model_file(str(tmp_path)).endswith("epoch_024.pth.tar")
+    assert model_file("x.pth.tar") == "x.pth.tar"

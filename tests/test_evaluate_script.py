@@ -116,6 +116,11 @@ def test_what_cannot_be_evaluated(place, call, arguments, words):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_a_model_of_the_test_images_has_no_unseen_ones(place, call):
+    status, _, err = call(place.checkpoint(*place.settings, "dataset.split=test"), "--num", "204")
+    assert status == 2 and "dataset.split" in err and "--no-memorization" in err and len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("known, status", [(["dog", "cat"], 0), (["cat", "cow"], 2)])
 def test_classes_are_matched_by_name(place, call, known, status):
     found, _, err = call(place.checkpoint(*place.settings, classes=known), "--num", "204", "--no-memorization")

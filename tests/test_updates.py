@@ -58,6 +58,17 @@ def test_an_update_that_is_not_finite_changes_nothing(optimizer, bad):
     assert not same(before, everything(model, built))
 
 
+def test_without_a_scaler_as_on_apple_chips():
+    model, built, updater = parts()
+    updater.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    one_good_update(model, updater)
+    before = everything(model, built)
+    updater.backward(loss_of(model, float("nan")))
+    assert not updater.step()[1] and same(before, everything(model, built)) and updater.skipped == 1
+    one_good_update(model, updater)
+    assert not same(before, everything(model, built))
+
+
 def test_a_single_bad_gradient_is_enough():
     model, built, updater = parts()
     one_good_update(model, updater)
