@@ -144,12 +144,17 @@ def main():
     if args.source.endswith(".npz") or (os.path.isdir(args.source) and not is_run(args.source)):
         if not args.config:
             raise UsageError(f"--config: {args.source} holds images; name the YAML file of the data set to compare with")
+        given = [f"--{key.replace('_', '-')}" for key, value in sampler_settings(args).items() if value is not None]
+        if given:
+            raise UsageError(f"{given[0]}: {args.source} holds images; nothing is drawn")
         config = libs.load_config(args.config)
         what, folder = os.path.splitext(os.path.basename(os.path.abspath(args.source)))[0], "."
     else:
         checkpoint = model_file(args.source)
         state = load_checkpoint(checkpoint)
         model, config = model_from(state, checkpoint)
+        if args.config:
+            raise UsageError(f"--config: {args.config} is for images; the checkpoint {shown(checkpoint)} has its own")
         what, folder = os.path.basename(checkpoint).split(".")[0], os.path.dirname(os.path.abspath(checkpoint))
         options = libs.sampling_options(config, **sampler_settings(args))
         model.plan(**options)  # so that what cannot be is said now
@@ -167,11 +172,17 @@ def main():
     print("features of the real images, where no cache has them", flush=True)
     with tqdm(unit="image", disable=None) as bar:
         real = RealImages(config, device, args.feature_weights, bar.update, bar.write)
+    if len(real.test) < LEAST and not args.no_memorization:
+        raise UsageError(f"the data set has {len(real.test)} test images, too few to look for copies (at least {LEAST}); "
+                         "give --no-memorization")
     figures = {"source": shown(args.source), "data": config["dataset"]["name"]}
     if state is None:
         images = read_images(args.source, channels=real.train.shape[1], classes=real.train.classes)
         order = torch.randperm(len(images), generator=seeded_generator(args.seed, "subset"))
         images = images.take(order[:args.num])
+        if len(images) < LEAST and not args.no_memorization:
+            raise UsageError(f"{args.source} has {len(images)} images, too few to look for copies (at least {LEAST}); give "
+                             "--no-memorization")
     else:
         labels = labels_like(real.test.labels, len(real.train.classes), args.num)
         wanted = matched(labels, real, state.get("classes", real.train.classes))
