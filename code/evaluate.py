@@ -19,7 +19,7 @@ from libs.drawing import draw_images
 from libs.errors import UsageError, shown
 from libs.evaluation import RealImages, evaluate, labels_like, scalars
 from libs.features import EXTRACTORS
-from libs.images import ImageSet, read_images, to_uint8
+from libs.images import ImageSet, read_images, to_uint8, whole_file
 from libs.memorization import LEAST
 from libs.models import model_from
 from libs.pictures import sheet, write_png
@@ -193,8 +193,8 @@ def main():
     report = evaluate(images, real, not args.no_memorization)
     figures |= {**report, "seconds": round(time.time() - started, 1)}
     print("\n".join(table(report)))
-    with open(json_path, "w") as f:
-        json.dump(figures, f, indent=1)
+    with whole_file(json_path) as f:
+        f.write(json.dumps(figures, indent=1).encode())
     write_png(png_path, picture(images, real, report))
     print(f"{figures['seconds']:.0f} s; figures in {shown(json_path)}, picture in {shown(png_path)}")
     if run_folder and state is not None:
