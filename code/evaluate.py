@@ -24,7 +24,7 @@ from libs.memorization import LEAST
 from libs.models import model_from
 from libs.pictures import sheet, write_png
 from libs.seeds import seeded_generator
-from libs.training import pick_device
+from libs.training import memory_format, pick_device
 
 
 def parse_args():
@@ -186,7 +186,7 @@ def main():
     else:
         labels = labels_like(real.test.labels, len(real.train.classes), args.num)
         wanted = matched(labels, real, state.get("classes", real.train.classes))
-        pixels, drawn = draw(model.to(device), options, args, wanted, device)
+        pixels, drawn = draw(model.to(device, memory_format=memory_format(device)), options, args, wanted, device)
         images = ImageSet(pixels, labels, real.train.classes)
         figures |= {"step": state["step"], **drawn}
     print("comparing" + ("" if args.no_memorization else ", then looking for copies of training images"), flush=True)

@@ -22,7 +22,7 @@ from libs.images import to_uint8, write_npz
 from libs.models import model_from
 from libs.pictures import folder_names, grid, sheet, write_folder, write_gif, write_png
 from libs.seeds import image_noise
-from libs.training import pick_device
+from libs.training import memory_format, pick_device
 
 FRAMES = 40  # of an animation, at most
 BAR = "{percentage:3.0f} %|{bar}| {elapsed}, {remaining} left"
@@ -154,7 +154,7 @@ def main():
 
     # 3. draw
     started, noise = time.time(), None
-    model.to(device)
+    model.to(device, memory_format=memory_format(device))
     if args.interpolate:
         start, end = image_noise(args.seed, range(2 * len(classes)), model.img_shape).chunk(2)
         noise = interpolated_noise(start, end, columns).flatten(0, 1)
