@@ -3,18 +3,21 @@
 import os
 import shlex
 import sys
+import time
 
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from libs.checkpoint import checkpoint_name, remove_old_checkpoints, save_checkpoint
+from libs.checkpoint import (check_resumable, checkpoint_name, find_checkpoint, remove_old_checkpoints,
+                             save_checkpoint)
 from libs.config import portable
 from libs.drawing import sample_grid
 from libs.errors import RunError, UsageError, shown
 from libs.evaluation import evaluate_model
-from libs.seeds import rng_state
+from libs.models import load_weights
+from libs.seeds import rng_state, set_rng_state
 
 
 class RunFolder:
@@ -86,6 +89,34 @@ class RunFolder:
         self.bar.close()
         if self.active:
             self.board.close()
+
+
+def find_place(args, config):
+    """(run folder, the checkpoint that --resume asks for or None, what is in it). Raises UsageError."""
+    if args.resume and args.output:
+        raise UsageError(f"--output: {args.output} cannot be given with --resume, which goes on in the same folder")
+    if args.resume:
+        path, state = find_checkpoint(args.resume)
+        check_resumable(config, state, path)
+        return os.path.dirname(os.path.abspath(path)), path, state
+    name = os.path.splitext(os.path.basename(args.config))[0]
+    folder = os.path.join(config["output_folder"], f"{name}_{args.output or time.strftime('%Y-%m-%d_%H-%M-%S')}")
+    if os.path.exists(folder):
+        raise UsageError(f"--output: {folder} exists; give another name, or --resume {shown(folder)}")
+    return folder, None, None
+
+
+def restore(state, path, cfg, model, ema, optimizer, updater):
+    """Put back from the checkpoint `path` what the next update depends on; returns how many updates it had."""
+    load_weights(model, state["state_dict"], path)
+    load_weights(ema.module, state["state_dict_ema"], path)
+    optimizer.load_state_dict(state["optimizer"])
+    for group in optimizer.param_groups:  # what the config says now holds
+        group.update(betas=tuple(cfg["betas"]), weight_decay=cfg["weight_decay"])
+    updater.load_state_dict(state["scaler"])
+    set_rng_state(state["rng"])
+    ema.updates = state["step"]
+    return state["step"]
 
 
 def resume_command(args, folder):

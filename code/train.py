@@ -1,22 +1,22 @@
 """Train a diffusion model:  python ./train.py ./configs/mnist.yaml [--resume PATH]"""
 
-import os
 import time
+from functools import partial
 
 import torch
 
 import libs
 from cli import Parser, positive, run
-from libs.checkpoint import check_resumable, find_checkpoint, set_aside_later
+from libs.checkpoint import set_aside_later
 from libs.distributed import World
 from libs.errors import UsageError, shown
 from libs.evaluation import RealImages
-from libs.models import load_weights
+from libs.latents import cached_latents
 from libs.optimizers import build_optimizer
-from libs.seeds import seed_everything, seeded_generator, set_rng_state
+from libs.seeds import seed_everything, seeded_generator
 from libs.training import (AverageMeter, ModelEMA, Signals, TenthsMeter, Updater, compile_network, learning_rate,
                            measure_data, memory_format, peak_memory, pick_device, pick_precision)
-from run_folder import RunFolder, describe, resume_command
+from run_folder import RunFolder, describe, find_place, restore, resume_command
 
 
 def parse_args():
@@ -53,17 +53,7 @@ def main():
     seed_everything(config["seed"])
     device = pick_device([world.device_name(config["devices"])])
     precision, dtype = pick_precision(config["dtype"], device)
-    if args.resume and args.output:
-        raise UsageError(f"--output: {args.output} cannot be given with --resume, which goes on in the same folder")
-    elif args.resume:
-        resume_path, state = find_checkpoint(args.resume)
-        check_resumable(config, state, resume_path)
-        folder = os.path.dirname(os.path.abspath(resume_path))
-    else:
-        name = os.path.splitext(os.path.basename(args.config))[0]
-        folder = os.path.join(config["output_folder"], f"{name}_{args.output or time.strftime('%Y-%m-%d_%H-%M-%S')}")
-        if os.path.exists(folder):
-            raise UsageError(f"--output: {folder} exists; give another name, or --resume {shown(folder)}")
+    folder, resume_path, state = find_place(args, config)
 
     """2. Model: before the data are read, so that a setting that cannot work costs no time"""
     data = config["dataset"]
@@ -88,7 +78,10 @@ def main():
     loader = libs.build_dataloader(dataset, **config["loader"], seed=config["seed"], share=world.share)
     model.to(device, memory_format=memory_format(device))
     dataset.to(device)
-    measure_data(model, dataset, device, say=print if world.first else None)
+    say = partial(print, flush=True) if world.first else None
+    measure_data(model, dataset, device, say=say)
+    if config["model"]["use_vae"] and data["latent_crops"]:
+        loader.dataset = dataset = cached_latents(model, dataset, data, device, say)
     world.one_after_the_other(done=True)
     real = RealImages(config, device) if config["eval"]["every"] and world.first else None
     ema = ModelEMA(model, cfg["ema_decay"])
@@ -101,15 +94,8 @@ def main():
         if state.get("updates_per_epoch", updates) != updates:
             raise UsageError(f"--resume: {resume_path} has {state['updates_per_epoch']} updates an epoch, the data "
                              f"in {data['data_folder']} give {updates}")
-        load_weights(model, state["state_dict"], resume_path)
-        load_weights(ema.module, state["state_dict_ema"], resume_path)
-        optimizer.load_state_dict(state["optimizer"])
-        for group in optimizer.param_groups:  # what the config says now holds
-            group.update(betas=tuple(cfg["betas"]), weight_decay=cfg["weight_decay"])
-        updater.load_state_dict(state["scaler"])
-        set_rng_state(state["rng"])
-        epoch, batch, step = state["epoch"], state["batch"], state["step"]
-        ema.updates = step
+        step = restore(state, resume_path, cfg, model, ema, optimizer, updater)
+        epoch, batch = state["epoch"], state["batch"]
         del state
         if world.first:
             set_aside_later(resume_path)
@@ -117,7 +103,7 @@ def main():
 
     """5. Run folder"""
     out = RunFolder(folder, config, step, total_steps, loader.batch_size, active=world.first)
-    out.last_good = resume_path if args.resume else None
+    out.last_good = resume_path
     signals = Signals()
     compile_network(model, cfg["compile"], dataset, device)
     network = world.wrap(model, device)
@@ -144,7 +130,7 @@ def main():
             losses = []
             for part in zip(*(x.split(per_go) for x in (images, labels, t, noise.to(dtype), drop))):
                 with torch.autocast(device.type, precision, enabled=precision is not None):
-                    losses.append(network(*part))
+                    losses.append(network(*part, encoded=dataset.encoded))
                 updater.backward(losses[-1].sum() / len(labels))
             norm, finite = updater.step()
             ema.update(model)

@@ -272,6 +272,16 @@ def test_resume_refuses_other_batches(change):
         check_resumable(config(**change), {"config": config(), "batch": 0}, "path")
 
 
+def test_resume_refuses_other_latents():
+    latent = dict(model__use_vae=True, model__vae_encoder_weights="e", model__vae_decoder_weights="d")
+    before = config(**latent)
+    del before["dataset"]["latent_crops"]  # of a run before there was a cache
+    with pytest.raises(UsageError, match="dataset.latent_crops is 0 there and 4 in the config"):
+        check_resumable(config(**latent), {"config": before, "batch": 0}, "path")
+    check_resumable(config(dataset__latent_crops=0, **latent), {"config": before, "batch": 0}, "path")
+    check_resumable(config(dataset__latent_crops=9), {"config": config(), "batch": 0}, "path")  # pixels
+
+
 def test_what_comes_after_the_resumed_checkpoint_is_set_aside(tmp_path, capsys):
     """Else a later --resume of the folder would take the run that was left, and keep_last delete the new one."""
     for name in ("epoch_004", "epoch_006_batch_00003", "epoch_009", "epoch_012"):

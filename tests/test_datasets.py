@@ -41,6 +41,31 @@ def test_broken_image_on_disk_is_named_when_it_comes(tmp_path, monkeypatch):
         dataset.batch(torch.arange(4))
 
 
+# ---- views
+
+def test_a_batch_is_cut_out_and_mirrored_as_drawn():
+    """The order of the draws is what makes a resumed run see what the one before it would have seen."""
+    images = torch.randint(0, 256, (9, 3, 12, 12), dtype=torch.uint8)
+    dataset = ImageDataset(images, torch.zeros(9).long(), ["a"], 8, augment=True, flip=True, value_range=(0, 1))
+    index, generator = torch.tensor([5, 0, 8, 5, 3, 2]), torch.Generator().manual_seed(4)
+    rows, cols = torch.randint(0, 5, (2, 6), generator=generator).tolist()
+    mirrored = (torch.rand(6, generator=generator) < 0.5).tolist()
+    assert len(set(rows)) > 1 and len(set(cols)) > 1 and len(set(mirrored)) == 2
+    wanted = [images[i, :, r:r + 8, c:c + 8] / 255 for i, r, c in zip(index.tolist(), rows, cols)]
+    wanted = torch.stack([x.flip(-1) if m else x for x, m in zip(wanted, mirrored)])
+    for part in (slice(None), slice(0, 3), slice(3, 6)):
+        found = dataset.batch(index, torch.Generator().manual_seed(4), part)[0]
+        assert torch.allclose(found, wanted[part], atol=1e-6)
+
+
+def test_views_without_augmentation_are_the_centre():
+    images = torch.randint(0, 256, (3, 1, 13, 13), dtype=torch.uint8)
+    dataset = ImageDataset(images, torch.zeros(3).long(), ["a"], 8, flip=True, value_range=(0, 255))
+    before = torch.get_rng_state()
+    assert torch.equal(dataset.batch(torch.arange(3))[0], images[:, :, 2:10, 2:10].float())
+    assert torch.equal(torch.get_rng_state(), before)  # nothing is drawn
+
+
 # ---- the loader
 
 def some(n=23, **options):

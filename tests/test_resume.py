@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from libs.tiny_autoencoder import build_decoder, build_encoder
+
 CODE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "code")
 UPDATES, EPOCHS = 6, 8  # 48 images in batches of 8
 
@@ -89,8 +91,8 @@ def train(*arguments, wrapper=None):
                           capture_output=True, text=True, timeout=300)
 
 
-def final_state(folder):
-    return torch.load(folder / f"epoch_{EPOCHS - 1:03d}.pth.tar", weights_only=True)
+def final_state(folder, epochs=EPOCHS):
+    return torch.load(folder / f"epoch_{epochs - 1:03d}.pth.tar", weights_only=True)
 
 
 def assert_identical(a, b, where=""):
@@ -155,6 +157,27 @@ def test_ctrl_c_in_the_middle_of_an_epoch(project):
     done = train(config, "--resume", str(folder))
     assert done.returncode == 0, done.stderr
     assert_identical(final_state(project / "logs" / "tiny_whole"), final_state(folder))
+
+
+def test_latents_from_a_cache(project):
+    """Whether a run found its latents or made them anew: the same bits."""
+    torch.manual_seed(0)
+    torch.save(build_encoder().state_dict(), project / "encoder.pth")
+    torch.save(build_decoder().state_dict(), project / "decoder.pth")
+    config = write_config(project, "EDM")
+    latent = [word for setting in ("model.use_vae=true", f"model.vae_encoder_weights={project / 'encoder.pth'}",
+                                   f"model.vae_decoder_weights={project / 'decoder.pth'}", "train_cfg.epochs=3")
+              for word in ("--set", setting)]
+    done = train(config, *latent, "-c", "1", "--output", "whole")
+    assert done.returncode == 0 and "encoding 48 images, 8 views each" in done.stdout, done.stderr
+    folder, cache = project / "logs" / "tiny_broken", project / "data" / ".latents"
+    killed = train(config, *latent, "-c", "1", "--output", "broken", wrapper=("update", UPDATES + 4))
+    assert killed.returncode == -signal.SIGKILL and "encoding" not in killed.stdout
+    for path in cache.iterdir():
+        path.unlink()
+    done = train(config, *latent, "-c", "1", "--resume", str(folder))
+    assert done.returncode == 0 and "encoding 48 images" in done.stdout, done.stderr
+    assert_identical(final_state(project / "logs" / "tiny_whole", 3), final_state(folder, 3))
 
 
 def test_run_folder(project):

@@ -158,6 +158,8 @@ def check_resumable(config, state, path):
     same = {f"{a}.{b}": (old[a].get(b), config[a][b]) for a, b in (
         ("dataset", "name"), ("dataset", "img_size"), ("dataset", "limit"), ("loader", "batch_size"))}
     same["train_cfg.optimizer"] = old["train_cfg"].get("optimizer", "adamw"), config["train_cfg"]["optimizer"]
+    if config["model"]["use_vae"]:  # before there was a cache, every update encoded anew
+        same["dataset.latent_crops"] = tuple(c["dataset"].get("latent_crops") or 0 for c in (old, config))
     same["seed"] = old["seed"], config["seed"]
     for key, (there, here) in same.items():
         if there != here:

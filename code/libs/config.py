@@ -30,6 +30,9 @@ DEFAULTS = {
         "data_folder": "../data",
         "img_size": None,  # side of the square images; None: the data's own, 128 for photographs
         "limit": None,  # train on so many images, spread over the set; None: all
+        # with use_vae: encode so many random crops of each image, mirrored too, once, and learn from those: updates are
+        # far faster, the augmentation is coarser. None or 0: encode anew in every update, each time another crop
+        "latent_crops": 4,
     },
     "loader": {
         "batch_size": 64,
@@ -172,7 +175,7 @@ RULES = {
     "model_name": one_of(*MODEL_OPTIONS), "output_folder": text(),
     "dataset.name": one_of(*KNOWN), "dataset.split": one_of("train", "test", "val"),
     "dataset.data_folder": text(), "dataset.img_size": optional(integer(8)),
-    "dataset.limit": optional(integer(2)),
+    "dataset.limit": optional(integer(2)), "dataset.latent_crops": optional(integer(0)),
     "loader.batch_size": integer(1), "loader.num_workers": integer(0),
     "model.img_shape": optional(list_of(integer(1), 3)), "model.num_classes": optional(integer(1)),
     "model.timesteps": integer(1), "model.dim": integer(8), "model.context_dim": integer(1),

@@ -43,6 +43,8 @@ class ImageDataset(Dataset):
         value_range: (low, high) of the floats.
     """
 
+    encoded = False  # a LatentDataset is
+
     def __init__(self, images, labels, classes, img_size=None, augment=False, flip=False,
                  value_range=(-1.0, 1.0)):
         self.images, self.labels, self.classes = images, labels, list(classes)
@@ -76,26 +78,32 @@ class ImageDataset(Dataset):
         generator: a CPU generator for crop and flip; None takes torch's global one.
         part: only this slice of the batch, cropped and flipped as in the whole of it.
         """
-        device = self.labels.device
-        mine = index[part].to(device)
-        x = self._crop(self.images[mine], len(index), generator, part)
-        if self.augment and self.flip:
-            flip = torch.rand(len(index), generator=generator)[part] < 0.5
-            x = torch.where(flip.to(device)[:, None, None, None], x.flip(-1), x)
-        low, high = self.value_range
-        return x.float() * ((high - low) / 255) + low, self.labels[mine]
+        corner, mirrored = self.draw_view(len(index), generator)
+        mine = index[part].to(self.labels.device)
+        return self.view(self.images[mine], corner[:, part], mirrored[part]), self.labels[mine]
 
-    def _crop(self, x, n, generator, part):
-        spare = x.shape[-1] - self.img_size
-        if spare == 0:
-            return x
-        if not self.augment:
-            return x[:, :, spare // 2:, spare // 2:][:, :, :self.img_size, :self.img_size]
-        corner = torch.randint(0, spare + 1, (2, n), generator=generator)[:, part].to(x.device)
-        rows, cols = corner[:, :, None] + torch.arange(self.img_size, device=x.device)  # each B x img_size
-        i = torch.arange(len(x), device=x.device)[:, None, None]
-        # channels last for the gather, then back
-        return x.permute(0, 2, 3, 1)[i, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+    def draw_view(self, n, generator=None):
+        """How n images are seen: the corner where each is cut out (2 x n: row, column), whether it is mirrored (n)."""
+        spare = self.images.shape[-1] - self.img_size
+        corner, mirrored = torch.full((2, n), spare // 2), torch.zeros(n, dtype=torch.bool)
+        if self.augment and spare:
+            corner = torch.randint(0, spare + 1, (2, n), generator=generator)
+        if self.augment and self.flip:
+            mirrored = torch.rand(n, generator=generator) < 0.5
+        return corner, mirrored
+
+    def view(self, x, corner, mirrored):
+        """Stored images, uint8 B x C x S x S, seen so: B x C x img_size x img_size, floats in `value_range`."""
+        if x.shape[-1] != self.img_size:
+            side = torch.arange(self.img_size, device=x.device)
+            rows, cols = corner.to(x.device)[:, :, None] + side  # each B x img_size
+            i = torch.arange(len(x), device=x.device)[:, None, None]
+            # channels last for the gather, then back
+            x = x.permute(0, 2, 3, 1)[i, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+        if mirrored.any():  # a CPU tensor: no GPU is waited for
+            x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(-1), x)
+        low, high = self.value_range
+        return x.float() * ((high - low) / 255) + low
 
 
 class BatchLoader:

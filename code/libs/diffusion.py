@@ -71,7 +71,7 @@ class Diffusion(nn.Module):
         if not self.use_vae:
             return images
         with torch.autocast(images.device.type, enabled=False):  # what is learnt from is not rounded
-            return self.vae.encoder(images.float())
+            return self.vae.encoder(images.to(next(self.vae.parameters()).dtype))
 
     @torch.no_grad()
     def postprocess(self, x):

@@ -151,7 +151,7 @@ def compile_network(model, wanted, dataset, device):
             images, labels = dataset.batch(torch.arange(min(2, len(dataset))), torch.Generator())
             labels = labels.to(device)
             images = images.to(device, next(network.parameters()).dtype)
-            model(images, labels, torch.zeros_like(labels)).mean().backward()
+            model(images, labels, torch.zeros_like(labels), encoded=dataset.encoded).mean().backward()
         print("the network is compiled", flush=True)
     except Exception as e:  # no compiler, an operator it cannot take: it fails in many ways
         del network.forward
