@@ -303,8 +303,8 @@ def _hint(key, defaults, prefix, model_name):
     return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; there are {', '.join(map(str, defaults))}"
 
 
-def _check_value(key, value):
-    wanted, check = RULES[key]
+def _check_value(key, value, rules=RULES):
+    wanted, check = rules[key]
     try:
         return check(value)
     except (ValueError, TypeError, OverflowError):

@@ -1,0 +1,151 @@
+"""Stable Diffusion 1.x's autoencoder: Rombach et al. 2022 (arXiv 2112.10752), App. G; names are the official code's."""
+
+import torch.nn.functional as F
+from torch import nn
+
+from ..blocks import Upsample
+
+LATENT_SCALE = 0.18215  # 1 / standard deviation of the training images' latents, so that the UNet sees about 1
+EPS = 1e-6  # of every GroupNorm here; the UNet's ResBlocks have 1e-5
+
+
+class ResBlock(nn.Module):
+    """Residual block without time. B x C_in x H x W -> B x C_out x H x W."""
+
+    def __init__(self, c_in, c_out, num_groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(num_groups, c_in, eps=EPS)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(num_groups, c_out, eps=EPS)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels with one head, residual. B x C x H x W -> the same shape."""
+
+    def __init__(self, channels, num_groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(num_groups, channels, eps=EPS)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)  # B x 1 x HW x C
+        return x + self.proj_out(h[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:]))
+
+
+class Middle(nn.Module):
+    def __init__(self, channels, num_groups):
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, num_groups)
+        self.attn_1 = AttentionBlock(channels, num_groups)
+        self.block_2 = ResBlock(channels, channels, num_groups)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Downsample(nn.Module):
+    """Halve height and width; padded at the right and at the bottom alone."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Level(nn.Module):
+    """ResBlocks, then what changes the size, if anything does; `name` is what the official code calls that."""
+
+    def __init__(self, c_in, c_out, num_blocks, num_groups, name=None, resize=None):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, num_groups) for i in range(num_blocks))
+        self.resize = name
+        if name:
+            self.add_module(name, resize(c_out))
+
+    def forward(self, x):
+        for block in self.block:
+            x = block(x)
+        return getattr(self, self.resize)(x) if self.resize else x
+
+
+class Encoder(nn.Module):
+    """Images B x 3 x H x W -> mean and log-variance of the latents, B x 2 z x H/8 x W/8."""
+
+    def __init__(self, dim, dim_mults, num_res_blocks, z, num_groups):
+        super().__init__()
+        dims, last = [dim] + [dim * m for m in dim_mults], len(dim_mults) - 1
+        self.conv_in = nn.Conv2d(3, dim, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(dims[i], dims[i + 1], num_res_blocks, num_groups, "downsample" if i < last else None, Downsample)
+            for i in range(last + 1))
+        self.mid = Middle(dims[-1], num_groups)
+        self.norm_out = nn.GroupNorm(num_groups, dims[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(dims[-1], 2 * z, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents B x z x H/8 x W/8 -> images B x 3 x H x W. `up` counts its levels from the finest, too."""
+
+    def __init__(self, dim, dim_mults, num_res_blocks, z, num_groups):
+        super().__init__()
+        dims, last = [dim * m for m in dim_mults], len(dim_mults) - 1
+        dims.append(dims[-1])
+        self.conv_in = nn.Conv2d(z, dims[-1], 3, padding=1)
+        self.mid = Middle(dims[-1], num_groups)
+        self.up = nn.ModuleList(
+            Level(dims[i + 1], dims[i], num_res_blocks + 1, num_groups, "upsample" if i > 0 else None, Upsample)
+            for i in range(last + 1))
+        self.norm_out = nn.GroupNorm(num_groups, dims[0], eps=EPS)
+        self.conv_out = nn.Conv2d(dims[0], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """`.encode(images)` and `.decode(latents)`; the defaults are Stable Diffusion 1.x's, 83,653,863 parameters.
+
+    Images are B x 3 x H x W in [-1, 1], H and W multiples of 8 (of 2^(levels - 1)); latents B x z x H/8 x W/8 in the
+    scale of the UNet, about standard normal.
+    """
+
+    def __init__(self, dim=128, dim_mults=(1, 2, 4, 4), num_res_blocks=2, z=4, num_groups=32):
+        super().__init__()
+        self.encoder = Encoder(dim, dim_mults, num_res_blocks, z, num_groups)
+        self.decoder = Decoder(dim, dim_mults, num_res_blocks, z, num_groups)
+        self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
+        self.post_quant_conv = nn.Conv2d(z, z, 1)
+
+    @property
+    def dtype(self):
+        return self.quant_conv.weight.dtype
+
+    def encode(self, images):
+        """The mean of the latents' distribution; nothing is drawn."""
+        mean, _ = self.quant_conv(self.encoder(images.to(self.dtype))).chunk(2, dim=1)
+        return LATENT_SCALE * mean
+
+    def decode(self, latents):
+        """Images about in [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(latents.to(self.dtype) / LATENT_SCALE))

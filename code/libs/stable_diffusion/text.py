@@ -1,0 +1,182 @@
+"""CLIP's tokenizer and text encoder: Radford et al. 2021 (arXiv 2103.00020), the text half of ViT-L/14.
+
+The encoder's modules have the names of transformers' CLIPTextModel, which are those in an SD 1.x checkpoint.
+"""
+
+import gzip
+import importlib.util
+import os
+import re
+import unicodedata
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import UsageError, reason
+
+LENGTH = 77  # tokens of a prompt, its start and its end among them
+VOCABULARY = 49408
+INSTALL = "pip install --no-deps open_clip_torch"  # its code is not used, and so not what that needs
+
+
+# ---- the tokenizer: byte pair encoding, Sennrich et al. 2016 (arXiv 1508.07909)
+
+def find_vocabulary():
+    """Path of CLIP's list of merges inside the package open_clip_torch, which is not imported."""
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None:
+        raise UsageError(f"vocabulary: CLIP's words are not here; `{INSTALL}` fetches them")
+    return os.path.join(os.path.dirname(spec.origin), "bpe_simple_vocab_16e6.txt.gz")
+
+
+def read_merges(path=None):
+    """CLIP's 48,894 pairs, the most frequent first. path: bpe_simple_vocab_16e6.txt.gz; None: `find_vocabulary`."""
+    path = path or find_vocabulary()
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as f:
+            lines = f.read().split("\n")
+    except (OSError, EOFError, ValueError) as e:
+        raise UsageError(f"vocabulary: cannot read {path} ({reason(e)}); `{INSTALL}` fetches it") from None
+    merges = [tuple(line.split()) for line in lines[1:VOCABULARY - 512 - 2 + 1]]  # a title, and more than CLIP uses
+    if len(merges) != VOCABULARY - 512 - 2 or any(len(pair) != 2 for pair in merges):
+        raise UsageError(f"vocabulary: {path} is not CLIP's bpe_simple_vocab_16e6.txt.gz")
+    return merges
+
+
+def byte_symbols():
+    """A printable character for each byte: itself where it has one, else one from 256 on; in CLIP's order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
+
+
+SPECIAL = re.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
+CONTRACTION = re.compile(r"'(?:s|t|re|ve|m|ll|d)")
+KINDS = re.compile(r"L+|N|P+")  # letters, one number, signs
+
+
+def kind(char):
+    """L, N, P or a space: what Unicode's properties make of a character."""
+    if char in "\t\n\v\f\r \x85" or unicodedata.category(char) in ("Zs", "Zl", "Zp"):
+        return " "
+    first = unicodedata.category(char)[0]
+    return first if first in "LN" else "P"
+
+
+def split_words(text):
+    """A prompt's words: of letters, single numbers, of other signs, and the ends of he's, they'll, ...
+
+    Cleaned as transformers' CLIPTokenizer does it: composed characters (NFC), small letters; no other repairs.
+    """
+    text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))  # one by one: no final sigma
+    kinds, words, i = "".join(map(kind, text)), [], 0
+    while i < len(text):
+        found = CONTRACTION.match(text, i) or KINDS.match(kinds, i)
+        end = found.end() if found else i + 1
+        if found:
+            words.append(text[i:end])
+        i = end
+    return words
+
+
+class Tokenizer:
+    """Prompts -> token numbers, B x 77: start, at most 75 tokens, end, and more ends up to the length.
+
+    vocabulary: path of CLIP's bpe_simple_vocab_16e6.txt.gz; None takes it from the package open_clip_torch.
+    """
+
+    def __init__(self, vocabulary=None):
+        merges = read_merges(vocabulary)
+        self.bytes = byte_symbols()
+        symbols = list(self.bytes.values())
+        names = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
+        self.rank = {pair: i for i, pair in enumerate(merges)}
+        self.ids = {name: i for i, name in enumerate(names)}
+        self.start, self.end = len(names), len(names) + 1
+        self.word = lru_cache(100_000)(self._word)
+
+    def _word(self, word):
+        """Token numbers of one word: its bytes, of which the most frequent pair is joined again and again."""
+        parts = [self.bytes[b] for b in word.encode("utf-8", "replace")]
+        parts[-1] += "</w>"
+        while len(parts) > 1:
+            pair = min(zip(parts, parts[1:]), key=lambda p: self.rank.get(p, len(self.rank)))
+            if pair not in self.rank:
+                break
+            joined, i = [], 0
+            while i < len(parts):
+                both = tuple(parts[i:i + 2]) == pair
+                joined.append("".join(pair) if both else parts[i])
+                i += 1 + both
+            parts = joined
+        return tuple(self.ids[p] for p in parts)
+
+    def encode(self, prompt):
+        """All token numbers of a prompt, without its start and its end."""
+        ids = []
+        for part in SPECIAL.split(prompt):
+            if SPECIAL.fullmatch(part):
+                ids.append(self.start if "start" in part else self.end)
+            else:
+                ids += [i for word in split_words(part) for i in self.word(word)]
+        return ids
+
+    def __call__(self, prompts):
+        """List of B texts -> B x 77, long. What is too long loses its end; `surplus` says how much."""
+        rows = [[self.start, *self.encode(p)[:LENGTH - 2], self.end] for p in prompts]
+        return torch.tensor([row + [self.end] * (LENGTH - len(row)) for row in rows])
+
+    def surplus(self, prompt):
+        """How many of a prompt's tokens do not fit."""
+        return max(0, len(self.encode(prompt)) - (LENGTH - 2))
+
+
+# ---- the encoder
+
+class TextAttention(nn.Module):
+    """Each token looks at itself and at those before it. B x L x C -> the same shape."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for layer in (self.q_proj, self.k_proj, self.v_proj))
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(h.transpose(1, 2).flatten(2))
+
+
+class TextLayer(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.layer_norm1, self.self_attn = nn.LayerNorm(width), TextAttention(width, heads)
+        self.layer_norm2 = nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        h = self.mlp["fc1"](self.layer_norm2(x))
+        return x + self.mlp["fc2"](h * torch.sigmoid(1.702 * h))  # CLIP's "quick" GELU
+
+
+class TextEncoder(nn.Module):
+    """Token numbers B x L -> B x L x width, after the last norm; the defaults are CLIP ViT-L/14's, 123,060,480
+    parameters."""
+
+    def __init__(self, width=768, layers=12, heads=12):
+        super().__init__()
+        self.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(VOCABULARY, width),
+                                         "position_embedding": nn.Embedding(LENGTH, width)})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(TextLayer(width, heads) for _ in range(layers))})
+        self.final_layer_norm = nn.LayerNorm(width)
+
+    def forward(self, ids):
+        places = self.embeddings["position_embedding"].weight[:ids.shape[1]]
+        x = self.embeddings["token_embedding"](ids) + places
+        for layer in self.encoder["layers"]:
+            x = layer(x)
+        return self.final_layer_norm(x)

@@ -1,0 +1,179 @@
+"""Stable Diffusion beside diffusers and transformers, on random weights. As a script: at the true size.
+
+python tests/sd_parity.py random.safetensors [--size 256]        the file is made by code/random_sd_checkpoint.py
+
+The other side is theirs from end to end: their classes, weights through diffusers' own conversion of the keys, their
+schedulers; only the guidance between two calls is written here."""
+
+import argparse
+import os
+import sys
+import time
+
+import torch
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "code"))
+
+import random_sd_checkpoint  # noqa: E402
+from libs.images import to_uint8  # noqa: E402
+from libs.stable_diffusion import load_checkpoint, seeded  # noqa: E402
+from libs.stable_diffusion.autoencoder import LATENT_SCALE  # noqa: E402
+from libs.stable_diffusion.config import DEFAULTS  # noqa: E402
+from libs.stable_diffusion.files import read_tensors  # noqa: E402
+
+BETAS = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+# what StableDiffusion's samplers are compared with
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", dict(timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False,
+                                   clip_sample=False)),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", dict(use_karras_sigmas=True, algorithm_type="dpmsolver++",
+                                                     solver_order=2, final_sigmas_type="zero")),
+    "heun": ("HeunDiscreteScheduler", dict(use_karras_sigmas=True)),
+    "euler": ("EulerDiscreteScheduler", dict(use_karras_sigmas=True)),
+}
+
+# the true model with fewer channels and layers: all modules of the UNet and the autoencoder have the same names
+SMALL = {"unet": DEFAULTS["model"]["unet"] | {"dim": 32, "context_dim": 32},
+         "autoencoder": DEFAULTS["model"]["autoencoder"] | {"dim": 32},
+         "text_encoder": {"width": 32, "layers": 2, "heads": 2}}
+
+
+def small_checkpoint(folder, name="small.safetensors", **options):
+    """Path of a random checkpoint of SMALL."""
+    path = os.path.join(folder, name)
+    random_sd_checkpoint.write(path, model=SMALL, **options)
+    return path
+
+
+def their_unet(tensors, cfg):
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+    levels = range(len(cfg["dim_mults"]))
+    unet = UNet2DConditionModel(
+        block_out_channels=[cfg["dim"] * m for m in cfg["dim_mults"]], layers_per_block=cfg["num_res_blocks"],
+        down_block_types=["CrossAttnDownBlock2D" if i in cfg["attn_levels"] else "DownBlock2D" for i in levels],
+        up_block_types=["CrossAttnUpBlock2D" if i in cfg["attn_levels"] else "UpBlock2D" for i in reversed(levels)],
+        attention_head_dim=cfg["num_heads"], cross_attention_dim=cfg["context_dim"])  # the number of heads, in spite of
+    return loaded(unet, convert_ldm_unet_checkpoint(dict(tensors), unet.config))     # its name
+
+
+def their_vae(tensors, cfg):
+    from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+    n = len(cfg["dim_mults"])
+    vae = AutoencoderKL(block_out_channels=[cfg["dim"] * m for m in cfg["dim_mults"]],
+                        layers_per_block=cfg["num_res_blocks"], latent_channels=4,
+                        down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n)
+    return loaded(vae, convert_ldm_vae_checkpoint(dict(tensors), vae.config))
+
+
+def their_text_encoder(tensors, cfg):
+    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint
+    from transformers import CLIPTextConfig, CLIPTextModel
+    model = CLIPTextModel(CLIPTextConfig(
+        vocab_size=49408, hidden_size=cfg["width"], intermediate_size=4 * cfg["width"], num_hidden_layers=cfg["layers"],
+        num_attention_heads=cfg["heads"], max_position_embeddings=77, hidden_act="quick_gelu", projection_dim=768,
+        pad_token_id=1, bos_token_id=49406, eos_token_id=49407))
+    state = convert_ldm_clip_checkpoint(dict(tensors))
+    if not hasattr(model, "text_model"):  # transformers took this level out of its names
+        state = {name.removeprefix("text_model."): t for name, t in state.items()}
+    return loaded(model, {name: t for name, t in state.items() if not name.endswith("position_ids")})
+
+
+def loaded(model, state):
+    model.load_state_dict(state, assign=True)  # strict
+    return model.float().eval().requires_grad_(False)
+
+
+class Theirs:
+    """The three models out of one checkpoint; `model` as in the config."""
+
+    def __init__(self, path, model=DEFAULTS["model"]):
+        tensors = read_tensors(path)
+        self.unet = their_unet(tensors, model["unet"])
+        self.vae = their_vae(tensors, model["autoencoder"])
+        self.text_encoder = their_text_encoder(tensors, model["text_encoder"])
+
+    @torch.no_grad()
+    def encode_text(self, ids):
+        return self.text_encoder(ids).last_hidden_state
+
+    @torch.no_grad()
+    def encode(self, images):
+        return self.vae.encode(images).latent_dist.mean * LATENT_SCALE
+
+    @torch.no_grad()
+    def decode(self, latents):
+        return self.vae.decode(latents / LATENT_SCALE).sample
+
+    @torch.no_grad()
+    def sample(self, ids, negative_ids, noise, sampler, steps, guidance_scale, whole_timesteps=False):
+        """Images in [0, 1]. whole_timesteps: round those of schedulers that do not."""
+        import diffusers
+        kind, options = SCHEDULERS[sampler]
+        scheduler = getattr(diffusers, kind)(**BETAS, **options)
+        scheduler.set_timesteps(steps)
+        if whole_timesteps:
+            scheduler.timesteps = scheduler.timesteps.round()
+            scheduler.set_begin_index(0)  # which of two equal ones a step is at
+        context = torch.cat([self.encode_text(negative_ids), self.encode_text(ids)])
+        x = noise * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            x_in = scheduler.scale_model_input(torch.cat([x, x]), t)
+            uncond, cond = self.unet(x_in, t, context).sample.chunk(2)
+            x = scheduler.step(uncond + guidance_scale * (cond - uncond), t, x).prev_sample
+        return ((self.decode(x) + 1) / 2).clamp(0, 1)
+
+
+def relative(ours, theirs):
+    """Largest difference, in units of their largest value."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def levels(a, b):
+    """(largest, mean) difference of two sets of images in [0, 1], in grey levels of 255."""
+    difference = (to_uint8(a).int() - to_uint8(b).int()).abs().float()
+    return difference.max().item(), difference.mean().item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--size", type=int, default=256, help="pixels of the pictures (default 256)")
+    parser.add_argument("--steps", type=int, default=20)
+    args = parser.parse_args()
+    started = time.time()
+
+    def say(*words):
+        print(f"{time.time() - started:4.0f} s ", *words, flush=True)
+
+    sd, theirs = load_checkpoint(args.checkpoint), Theirs(args.checkpoint)
+    for name, part in (("UNet", sd.unet), ("autoencoder", sd.autoencoder), ("text encoder", sd.text_encoder)):
+        say(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
+    prompts = ["a photograph of an astronaut riding a horse", "two cats on a red sofa, oil painting"]
+    ids = sd.tokenizer(prompts)
+    say("text encoder: relative difference", f"{relative(sd.encode_text(prompts), theirs.encode_text(ids)):.1e}")
+    n = args.size // 8
+    noise = seeded([0, 1])(0, (2, 4, n, n))
+    with torch.no_grad():
+        t, context = torch.tensor([981, 7]), sd.encode_text(prompts)
+        say("UNet:", f"{relative(sd.unet(noise, t, context), theirs.unet(noise, t, context).sample):.1e}")
+        images = seeded([2])(0, (1, 3, args.size, args.size)).tanh()
+        say("encoder:", f"{relative(sd.autoencoder.encode(images), theirs.encode(images)):.1e}")
+        say("decoder:", f"{relative(sd.autoencoder.decode(noise[:1]), theirs.decode(noise[:1])):.1e}")
+
+    size, noise = dict(height=args.size, width=args.size), noise[:1]
+    drawn = {}
+    for sampler in ("ddim", "dpmpp_2m"):
+        ours = drawn[sampler] = sd.sample(prompts[:1], "blurry", sampler=sampler, steps=args.steps, noise=noise, **size)
+        other = theirs.sample(ids[:1], sd.tokenizer(["blurry"]), noise, sampler, args.steps, 7.5)
+        say(f"{sampler}, {args.steps} steps, guidance 7.5: largest difference {levels(ours, other)[0]:.0f} grey "
+            f"levels of 255; standard deviation of the picture {255 * ours.std():.1f}")
+    for what, prompt, guidance_scale in (("another prompt", prompts[1], 7.5), ("guidance 1", prompts[0], 1.0)):
+        other = sd.sample([prompt], "blurry", sampler="dpmpp_2m", steps=args.steps, noise=noise,
+                          guidance_scale=guidance_scale, **size)
+        say(f"{what}: moves the picture by {levels(drawn['dpmpp_2m'], other)[1]:.1f} levels on average")
+
+
+if __name__ == "__main__":
+    main()
