@@ -1,94 +1,192 @@
-"""Training speed and memory of our attention against the written-out one:  python ./benchmark.py ./configs/mnist.yaml"""
+"""Speed and memory in one table: training, the same network trained naively, every sampler.
+
+python ./benchmark.py                                          mnist.yaml and mnist_cpu.yaml
+python ./benchmark.py ./configs/mnist.yaml --compare           and other people's UNets
+python ./benchmark.py ./configs/mnist.yaml --profile           what an update spends its time on"""
 
 import argparse
 import json
+import math
 import os
+import platform
+import shlex
 import statistics
 import subprocess
 import sys
-import time
 
 import torch
+from tqdm import tqdm
 
 import libs
-from cli import Parser, positive, run
-from libs import blocks
-from libs.errors import RunError
-from libs.optimizers import build_optimizer
-from libs.training import memory_format, peak_memory, pick_device, pick_precision
+from benchmark_measure import NAIVE, OURS, SAMPLERS, build, measure, profile
+from benchmark_others import OTHERS, fit, parameters
+from cli import Parser, check_output, positive, run
+from libs.errors import RunError, UsageError, reason
+from libs.images import whole_file
+from libs.training import pick_device
 
-KINDS = ("written out", "fused")
+LEGEND = """\
+training: updates as train.py makes them, of random images in memory, after one to warm up.
+naively: the same network and data in fp32, eager, attention as two matrix products and a softmax, tensors not in
+channels_last, the optimizer not fused.
+peak memory: of the GPU, or of the whole process, libraries and all.
+GFLOP: 10^9 multiplications and additions of the network's matrix products and convolutions, per image; in training
+forward and backward, without what a kernel computes twice; in sampling forward, times the network calls.
+of matmul: GFLOP times images/s, in units of what a {n} x {n} matrix product reaches in the row's precision and process
+(training: {rate:.0f} GFLOP/s). Compare it between rows of one precision.
+~: stopped early and scaled to all network calls.
+against it: the first row's images/s and memory in units of this row's, median of the rounds."""
 
 
-def written_out_attention(q, k, v):
-    """softmax(Q K^T / sqrt(d)) V as two matrix products and a softmax; B x heads x L x d."""
-    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+def in_a_process(path, kind, how, args):
+    """`measure` in a process of its own, so that the peak of its memory is its own."""
+    command = [sys.executable, os.path.abspath(__file__), path, "--seconds", str(args.seconds),
+               "--one", json.dumps([kind, how]), *(x for item in args.set for x in ("--set", item))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        why = done.stderr.strip() or f"exit status {done.returncode}"
+        raise RunError(f"{path}, {kind}: {why.splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(config, kind, updates):
-    """Train on random images: {"images_per_s", "peak_memory"} of this process."""
-    if kind == "written out":
-        blocks.F.scaled_dot_product_attention = written_out_attention
-    device = pick_device(config["devices"])
-    precision, _ = pick_precision(config["dtype"], device)
-    torch.manual_seed(0)
-    model = libs.build_model(config).to(device, memory_format=memory_format(device))
-    optimizer = build_optimizer(model, config["train_cfg"], device)
-    n = config["loader"]["batch_size"]
-    images = torch.rand(n, *config["model"]["img_shape"], device=device)
-    labels = torch.randint(model.num_classes, (n,), device=device)
-    t = torch.randint(model.timesteps, (n,), device=device)
-    for i in range(updates + 1):
-        if i == 1:  # the first update is a warm-up
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-        with torch.autocast(device.type, precision, enabled=precision is not None):
-            loss = model.compute_loss(images, labels, t)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def summary(results):
+    """The table's rows from {(config, row): [figures of each round]}: medians, and ratios of the same round's."""
+    for (path, name), rounds in results.items():
+        row = {"config": path, "row": name, **rounds[0]}
+        for figures in rounds:
+            figures["share"] = figures["images_per_s"] * figures["operations"] / figures["matmul_rate"]
+        for key in ("images_per_s", "peak_memory", "matmul_rate", "share"):
+            row[key] = statistics.median(figures[key] for figures in rounds)
+        if name != OURS and "dtype" in row:
+            for key in ("images_per_s", "peak_memory"):
+                row[f"{key}_ratio"] = statistics.median(
+                    ours[key] / figures[key] for ours, figures in zip(results[path, OURS], rounds))
+        yield {**row, "rounds": rounds}
+
+
+def table(rows):
+    """Lines of a Markdown table."""
+    cells = [["", "images/s", "peak memory", "GFLOP an image", "of matmul", "against it"]]
+    for path in dict.fromkeys(row["config"] for row in rows):
+        mine = [row for row in rows if row["config"] == path]
+        cells.append([f"**{os.path.basename(path)}**"] + [""] * 5)
+        for row in mine:
+            what = (f"{row['row']}, {row['steps']} steps, {row['calls']} network calls" if "steps" in row else
+                    f"{row['row']}, {row['parameters']:,} parameters, {row['dtype']}" + ", compiled" * row["compiled"])
+            ratio = (f"{row['images_per_s_ratio']:.2f} x images/s, {row['peak_memory_ratio']:.2f} x memory"
+                     if "images_per_s_ratio" in row else "")
+            cells.append([what, "~" * (not row.get("whole", True)) + f"{row['images_per_s']:.3g}",
+                          f"{row['peak_memory'] / 2 ** 30:.2f} GiB", f"{row['operations'] / 1e9:.3g}",
+                          f"{row['share']:.0%}", ratio])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for k, line in enumerate(cells):
+        yield "| " + " | ".join(f"{text:<{w}}" if i == 0 else f"{text:>{w}}"
+                                for i, (text, w) in enumerate(zip(line, widths))) + " |"
+        if k == 0:
+            yield "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+
+
+def machine(device):
+    """What the figures were measured on."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
-    return {"images_per_s": n * updates / (time.perf_counter() - started), "peak_memory": peak_memory(device)}
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = platform.processor() or platform.machine()
+        if os.path.exists("/proc/cpuinfo"):
+            with open("/proc/cpuinfo") as f:
+                name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
+        name += f", {torch.get_num_threads()} threads"
+    return f"{name}, PyTorch {torch.__version__}"
+
+
+def seconds(text):
+    """Type of --seconds."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value:g} is no time above 0")
+    return value
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    parser.add_argument("configs", nargs="*", default=["./configs/mnist.yaml", "./configs/mnist_cpu.yaml"],
+                        help="YAML files (default: ./configs/mnist.yaml ./configs/mnist_cpu.yaml)")
+    parser.add_argument("--compare", action="store_true", help="train the UNets of diffusers and denoising-diffusion-pytorch too,"
+                        "\nwith the first config's levels and number of parameters")
+    parser.add_argument("--profile", action="store_true",
+                        help="instead of the table: the ten operators that the first config's update spends most time in")
+    parser.add_argument("--rounds", type=positive, default=3, help="rounds, all rows in turn (default 3)")
+    parser.add_argument("--seconds", type=seconds, default=3.0, help="of each measurement, at least (default 3)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the configs")
+    parser.add_argument("--json", default=None, metavar="FILE.json", help="write all figures, of every round, there too")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    parser.add_argument("--one", default=None, help=argparse.SUPPRESS)  # how the script calls itself
+    args = parser.parse_args()
+    if args.profile and (args.json or args.compare):
+        raise UsageError(f"--{'json' if args.json else 'compare'}: --profile measures nothing; leave one of them out")
+    if args.json:
+        if not args.json.endswith(".json"):
+            raise UsageError(f"--json: {args.json} must end in .json")
+        check_output(args.json, args.overwrite, "--json")
+    return args
+
+
+def load(path, overrides):
+    config = libs.load_config(path, overrides)
+    config["model"]["num_classes"] = config["model"]["num_classes"] or 10
+    return config
+
+
+def others(config):
+    """{name: how to build it} of OTHERS; says how wide they are, and which package is missing."""
+    ours, found = build(config).model, {}
+    for name, other in OTHERS.items():
+        try:
+            found[name], n = fit(name, ours, config["model"])
+        except ImportError as e:
+            print(f"{name} is left out: it needs `pip install {other.package}` ({reason(e)})")
+        else:
+            how = ", ".join(f"{key} {value}" for key, value in found[name].items())
+            print(f"{name}: {how}: {n:,} parameters for our {parameters(ours):,}")
+    return found
 
 
 def main():
-    parser = Parser(__doc__)
-    parser.add_argument("config", nargs="?", default="./configs/mnist.yaml")
-    parser.add_argument("--updates", type=positive, default=4, help="timed updates a round (default 4)")
-    parser.add_argument("--rounds", type=positive, default=3, help="rounds, the two kinds in turn (default 3)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
-    parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)  # how the script calls itself
-    args = parser.parse_args()
-    config = libs.load_config(args.config, args.set)
-    config["model"]["num_classes"] = config["model"]["num_classes"] or 10
+    args = parse_args()
+    configs = {path: load(path, args.set) for path in args.configs}
+    first = args.configs[0]
     if args.one:
-        print(json.dumps(measure(config, args.one, args.updates)))
+        print(json.dumps(measure(configs[first], *json.loads(args.one), args.seconds)))
+        return
+    for config in configs.values():
+        build(config)  # so that what cannot be is said now
+    device = pick_device(configs[first]["devices"])
+    if args.profile:
+        print(f"{first}, batch {configs[first]['loader']['batch_size']}, {machine(device)}")
+        print("\n".join(profile(configs[first], device)))
         return
 
-    print(f"training {args.config} on random images, batch {config['loader']['batch_size']}: {args.rounds} rounds of "
-          f"{args.updates} updates with each kind of attention, in turn, each in a process of its own", flush=True)
-    results = {kind: [] for kind in KINDS}
-    for _ in range(args.rounds):
-        for kind in KINDS:
-            command = [sys.executable, os.path.abspath(__file__), args.config, "--updates", str(args.updates),
-                       "--one", kind] + [x for item in args.set for x in ("--set", item)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                why = done.stderr.strip() or f"exit status {done.returncode}"
-                raise RunError(f"the benchmark of {kind} attention failed: {why.splitlines()[-1]}")
-            results[kind].append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"{'attention':<12} {'images/s':>9} {'peak memory':>12}")
-    for kind in KINDS:
-        speed = statistics.median(r["images_per_s"] for r in results[kind])
-        memory = statistics.median(r["peak_memory"] for r in results[kind])
-        print(f"{kind:<12} {speed:9.1f} {memory / 2 ** 30:8.2f} GiB")
-    ratios = [(b["images_per_s"] / a["images_per_s"], b["peak_memory"] / a["peak_memory"])
-              for a, b in zip(*(results[kind] for kind in KINDS))]
-    print(f"fused / written out, median of {args.rounds} pairs: "
-          f"{statistics.median(r[0] for r in ratios):.2f} times the images/s, "
-          f"{statistics.median(r[1] for r in ratios):.2f} times the memory")
+    extra = others(configs[first]) if args.compare else {}
+    jobs = [(path, kind, how) for path in configs
+            for kind, how in {OURS: None, NAIVE: None, **(extra if path == first else {}), SAMPLERS: None}.items()]
+    minutes = args.rounds * len(jobs) * (2.5 * args.seconds + 5) / 60
+    print(f"{args.rounds} rounds of {len(jobs)} measurements in turn, each in a process of its own: about {minutes:.0f} "
+          f"minutes on two CPU cores", flush=True)
+    results = {}
+    with tqdm(total=args.rounds * len(jobs), unit="measurement", disable=None) as bar:
+        for _ in range(args.rounds):
+            for job in jobs:
+                for name, figures in in_a_process(*job, args).items():
+                    results.setdefault((job[0], name), []).append(figures)
+                bar.update()
+    rows = list(summary(results))
+    print(f"{machine(device)}; batch " + ", ".join(str(c["loader"]["batch_size"]) for c in configs.values()))
+    print("\n".join(table(rows)))
+    print(LEGEND.format(n=rows[0]["matmul_n"], rate=rows[0]["matmul_rate"] / 1e9))
+    if args.json:
+        figures = {"command": shlex.join(sys.argv), "machine": machine(device), "rows": rows}
+        with whole_file(args.json) as f:
+            f.write(json.dumps(figures, indent=1).encode())
 
 
 if __name__ == "__main__":

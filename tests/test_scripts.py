@@ -134,10 +134,3 @@ def test_the_whole_report_of_the_shipped_model(real_data, tmp_path):
     for name in ("generated", "floor"):  # of 200 images, too few to tell which is the better
         assert 0 < figures[name]["fd_train"] < 0.05 * figures["ceiling"]["fd_train"]
     assert figures["generated"]["label_accuracy"] > 0.95 and not figures["memorization"]["copies"]["detected"]
-
-
-def test_benchmark_prints_both_numbers():
-    done = python("./benchmark.py", "./configs/mnist.yaml", "--rounds", "1", "--updates", "1", "--set", "model.dim=16",
-                  "--set", "loader.batch_size=2")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"median of 1 pairs: [\d.]+ times the images/s, [\d.]+ times the memory", done.stdout)
