@@ -102,7 +102,8 @@ def test_averaged_or_plain_weights(tmp_path, tensors):
         assert torch.equal(value, tensors[UNET + name])
         assert torch.equal(averaged.unet.state_dict()[name], value + 1)
     assert torch.equal(averaged.autoencoder.quant_conv.weight, plain.autoencoder.quant_conv.weight)
-    assert averaged.summary.startswith("averaged weights taken") and "2 tensors of the weights' average" in averaged.summary
+    assert averaged.summary.startswith("averaged weights taken")
+    assert "2 tensors of the weights' average" in averaged.summary
     assert plain.summary.startswith("ignored: ") and "688 tensors of the weights' average" in plain.summary
     # an average that lacks one
     name = "model_ema.diffusion_modelout2weight"

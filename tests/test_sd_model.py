@@ -2,6 +2,7 @@
 transformers."""
 
 import os
+import re
 from hashlib import sha256
 
 import pytest
@@ -37,7 +38,6 @@ def test_names_and_shapes_of_the_true_size():
 
 
 def test_the_digest_is_that_of_the_official_list(real_data):
-    import re
     path = os.path.join(real_data, "sd", "sd1_emaonly_state_dict_keys.txt")
     if not os.path.isfile(path):
         pytest.skip(f"no {path}")
