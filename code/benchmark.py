@@ -32,8 +32,8 @@ channels_last, the optimizer not fused.
 peak memory: of the GPU, or of the whole process, libraries and all.
 GFLOP: 10^9 multiplications and additions of the network's matrix products and convolutions, per image; in training
 forward and backward, without what a kernel computes twice; in sampling forward, times the network calls.
-of matmul: GFLOP times images/s, in units of what a {n} x {n} matrix product reaches in the row's precision and process
-(training: {rate:.0f} GFLOP/s). Compare it between rows of one precision.
+of matmul: GFLOP times images/s, in units of what a {n} x {n} matrix product reaches in the row's precision and
+process (training: {rate:.0f} GFLOP/s). Above 100 %: convolutions go through another library, maybe a faster one.
 ~: stopped early and scaled to all network calls.
 against it: the first row's images/s and memory in units of this row's, median of the rounds."""
 
@@ -64,6 +64,11 @@ def summary(results):
         yield {**row, "rounds": rounds}
 
 
+def digits(x):
+    """A positive number with three digits, more where they stand before the point."""
+    return f"{x:,.{max(0, 2 - math.floor(math.log10(x)))}f}"
+
+
 def table(rows):
     """Lines of a Markdown table."""
     cells = [["", "images/s", "peak memory", "GFLOP an image", "of matmul", "against it"]]
@@ -75,8 +80,8 @@ def table(rows):
                     f"{row['row']}, {row['parameters']:,} parameters, {row['dtype']}" + ", compiled" * row["compiled"])
             ratio = (f"{row['images_per_s_ratio']:.2f} x images/s, {row['peak_memory_ratio']:.2f} x memory"
                      if "images_per_s_ratio" in row else "")
-            cells.append([what, "~" * (not row.get("whole", True)) + f"{row['images_per_s']:.3g}",
-                          f"{row['peak_memory'] / 2 ** 30:.2f} GiB", f"{row['operations'] / 1e9:.3g}",
+            speed = "~" * (not row.get("whole", True)) + digits(row["images_per_s"])
+            cells.append([what, speed, f"{row['peak_memory'] / 2 ** 30:.2f} GiB", digits(row["operations"] / 1e9),
                           f"{row['share']:.0%}", ratio])
     widths = [max(map(len, column)) for column in zip(*cells)]
     for k, line in enumerate(cells):
@@ -95,7 +100,7 @@ def machine(device):
         if os.path.exists("/proc/cpuinfo"):
             with open("/proc/cpuinfo") as f:
                 name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
-        name += f", {torch.get_num_threads()} threads"
+        name += f", threads: {torch.get_num_threads()}"
     return f"{name}, PyTorch {torch.__version__}"
 
 
@@ -111,14 +116,14 @@ def parse_args():
     parser = Parser(__doc__)
     parser.add_argument("configs", nargs="*", default=["./configs/mnist.yaml", "./configs/mnist_cpu.yaml"],
                         help="YAML files (default: ./configs/mnist.yaml ./configs/mnist_cpu.yaml)")
-    parser.add_argument("--compare", action="store_true", help="train the UNets of diffusers and denoising-diffusion-pytorch too,"
-                        "\nwith the first config's levels and number of parameters")
+    parser.add_argument("--compare", action="store_true", help="train the UNets of diffusers and "
+                        "denoising-diffusion-pytorch too,\nwith the first config's levels and number of parameters")
     parser.add_argument("--profile", action="store_true",
-                        help="instead of the table: the ten operators that the first config's update spends most time in")
+                        help="instead of the table: the ten operators that take most of the first config's update")
     parser.add_argument("--rounds", type=positive, default=3, help="rounds, all rows in turn (default 3)")
-    parser.add_argument("--seconds", type=seconds, default=3.0, help="of each measurement, at least (default 3)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the configs")
-    parser.add_argument("--json", default=None, metavar="FILE.json", help="write all figures, of every round, there too")
+    parser.add_argument("--seconds", type=seconds, default=2.0, help="of each measurement, at least (default 2)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
+    parser.add_argument("--json", default=None, metavar="FILE.json", help="write the figures of every round there")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)  # how the script calls itself
     args = parser.parse_args()
@@ -170,8 +175,8 @@ def main():
     jobs = [(path, kind, how) for path in configs
             for kind, how in {OURS: None, NAIVE: None, **(extra if path == first else {}), SAMPLERS: None}.items()]
     minutes = args.rounds * len(jobs) * (2.5 * args.seconds + 5) / 60
-    print(f"{args.rounds} rounds of {len(jobs)} measurements in turn, each in a process of its own: about {minutes:.0f} "
-          f"minutes on two CPU cores", flush=True)
+    print(f"{args.rounds} rounds of {len(jobs)} measurements in turn, each in a process of its own: about "
+          f"{minutes:.0f} minutes on two CPU cores", flush=True)
     results = {}
     with tqdm(total=args.rounds * len(jobs), unit="measurement", disable=None) as bar:
         for _ in range(args.rounds):

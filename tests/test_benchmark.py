@@ -61,7 +61,8 @@ def test_operations_of_a_convolution_and_a_matrix():
 def test_operations_of_attention_whatever_the_kernel():
     L, dim, M, width = 16, 8, 3, 6
     fused = F.scaled_dot_product_attention
-    forward, both = operations(CrossAttention(dim, width, num_heads=2), torch.zeros(5, L, dim), torch.zeros(5, M, width))
+    inputs = torch.zeros(5, L, dim), torch.zeros(5, M, width)
+    forward, both = operations(CrossAttention(dim, width, num_heads=2), *inputs)
     queries, keys, attention = 2 * L * dim * dim, 2 * M * width * dim, 2 * L * M * dim
     assert forward == 2 * queries + 2 * keys + 2 * attention
     assert both == (2 + 3) * queries + 2 * 2 * keys + 3 * 2 * attention
@@ -145,8 +146,8 @@ def test_other_networks_have_as_many_parameters(name, path):
     # the same attention: each of our self-attentions costs L x L products of its width, and theirs are there too
     sizes = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: sizes.append((q.shape[2], k.shape[2])) or v[
-            :, :, :1].expand_as(q))
+        patch.setattr(F, "scaled_dot_product_attention",
+                      lambda q, k, v, **_: sizes.append((q.shape[2], k.shape[2])) or v[:, :, :1].expand_as(q))
         ours(x, torch.tensor([0, 9]), torch.tensor([0, 999]))
         mine = {lengths for lengths in sizes if lengths[1] > 1}
         sizes.clear()

@@ -1,0 +1,206 @@
+"""Training of TAESD (tiny_autoencoder.py) on one's own images: settings, crops, loss, and how good the result is."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .config import complete_config, load_config
+from .datasets import FOLDERS, build_dataset
+from .errors import UsageError
+from .optimizers import Muon
+from .seeds import seeded_generator
+from .tiny_autoencoder import DOWNSCALE, TAESD, Block
+
+NAME = "TAESD"  # model_name in its checkpoints: train.py and sample.py refuse them, and this refuses theirs
+
+# the settings of libs/config.py that say something here; training starts from vae_*_weights, at random where null
+USED = {
+    "dataset": ("name", "data_folder", "img_size", "limit"),
+    "model": ("vae_encoder_weights", "vae_decoder_weights"),
+    "train_cfg": ("lr", "epochs", "num_eval_samples", "warmup", "lr_schedule", "optimizer", "betas", "weight_decay",
+                  "clip_grad_norm", "ema_decay", "keep_last"),
+    "eval": (), "sample_cfg": (),
+}
+
+# the recipe
+WHOLE_FROM = 0.7  # part of the training after which it sees whole images in place of crops
+LATENT_NOISE = 0.05  # standard deviation of what the latents get on their way: no diffusion model is exact either
+EDGES = 0.1  # weight of the differences between neighbouring pixels
+LATENTS = 0.1  # weight of the latents' mean 0 and standard deviation 1
+FREE = 2.5  # latents beyond this are pulled back: TAESD's decoder clamps at 3
+
+
+def load_settings(path, overrides=()):
+    """`load_config`, less the settings that say nothing to an autoencoder.
+
+    Raises UsageError as that does, for a setting that is not in USED, and for images that cannot be halved.
+    """
+    given = load_config(path, overrides)
+    data = given["dataset"]
+    if data["name"] not in FOLDERS:
+        raise UsageError(f"config: dataset.name is {data['name']}; the autoencoder learns from a folder of "
+                         f"photographs: one of {', '.join(FOLDERS)}")
+    defaults = complete_config({"model_name": given["model_name"], "dataset": {"name": data["name"]}})
+    size = data["img_size"] = given["model"].pop("img_shape")[-1]
+    if size % (2 * DOWNSCALE):
+        raise UsageError(f"config: dataset.img_size is {size}; it must be a multiple of {2 * DOWNSCALE}, as the "
+                         "autoencoder learns from crops of half that side, which it divides by 8")
+    config = {key: value for key, value in given.items() if key not in USED} | {"model_name": NAME}
+    for section, used in USED.items():
+        for key, value in given[section].items():
+            if key not in used and value != defaults[section][key]:
+                raise UsageError(f"config: {section}.{key} is no setting of the autoencoder's training"
+                                 + (f"; {section} has {', '.join(used)}" if used else ""))
+        if used:
+            config[section] = {key: given[section][key] for key in used}
+    config["model"]["use_vae"] = False  # it is one, and does not learn from one
+    return config
+
+
+# ---- data
+
+def load_images(data, split, limit=None):
+    """ImageDataset of a config's `dataset` section: images in [0, 1], whole until its `img_size` is set to less."""
+    size = data["img_size"]
+    # build_dataset reads images an eighth larger than what it cuts out; here crops are far smaller than the images
+    dataset = build_dataset(data["name"], split, data["data_folder"], -(-8 * size // 9), (0, 1), limit)[0]
+    dataset.img_size = size
+    return dataset
+
+
+def draw_crops(dataset, config, step, total_steps, device):
+    """What update `step` learns from, a function of (seed, step) alone.
+
+    First `loader.batch_size` crops of half the images' side, at last a quarter as many whole images. Crops are more
+    different from each other, and learnt from faster; but none of their pixels is far from a border, as most will be.
+
+    Returns (images B x 3 x S x S in [0, 1], noise B x 4 x S/8 x S/8), on `device`.
+    """
+    size, n = config["dataset"]["img_size"], config["loader"]["batch_size"]
+    whole = step >= WHOLE_FROM * total_steps
+    dataset.img_size, n = (size, -(-n // 4)) if whole else (size // 2, n)
+    generator = seeded_generator(config["seed"], "crops", step)
+    images, _ = dataset.batch(torch.randint(len(dataset), (n,), generator=generator), generator)
+    noise = torch.randn(n, *TAESD.latent_shape(images.shape[1:]), generator=generator)
+    return images.to(device, non_blocking=True), noise.to(device, non_blocking=True)
+
+
+# ---- the model and its loss
+
+class TrainedTAESD(nn.Module):
+    """TAESD with gradients, as `.model`; called, it gives its loss.
+
+    A path of None lets that half start from random weights.
+    """
+
+    def __init__(self, encoder_path=None, decoder_path=None):
+        super().__init__()
+        self.model = TAESD(encoder_path, decoder_path).requires_grad_(True)
+        for half, path in ((self.model.encoder, encoder_path), (self.model.decoder, decoder_path)):
+            if path is None:
+                initialize(half)
+
+    def forward(self, images, noise):
+        """Terms of the loss, by name: scalars, already weighted. See draw_crops for the arguments."""
+        latents = self.model.encoder(images)
+        error = self.model.decoder(latents + LATENT_NOISE * noise).to(images.dtype) - images
+        latents = latents.to(images.dtype)  # autocast's results are rounded, these sums are not
+        std, mean = torch.std_mean(latents, (0, 2, 3))
+        return {
+            "pixels": distance(error),
+            "edges": EDGES * (distance(error.diff(dim=2)) + distance(error.diff(dim=3))),
+            "latents": LATENTS * (mean.square().mean() + (std - 1).square().mean()
+                                  + F.relu(latents.abs() - FREE).square().mean()),
+        }
+
+
+def distance(error):
+    """Mean over images of the root of the mean square: PSNR's measure, and every image counts alike."""
+    return (error.square().mean((1, 2, 3)) + 1e-4).sqrt().mean()
+
+
+@torch.no_grad()
+def initialize(half):
+    """Random weights of an encoder or decoder: every block starts as the identity, and images as grey."""
+    for module in half.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in half.modules():
+        if isinstance(module, Block):
+            nn.init.zeros_(module.conv[-1].weight)
+    if half[-1].out_channels == 3:
+        half[-1].weight *= 0.1
+        half[-1].bias += 0.5
+
+
+def build_optimizer(model, cfg, device):
+    """As optimizers.build_optimizer, for TAESD: Muon is for what lies between its ends, kernels of 64 x 64 channels."""
+    options = {"lr": cfg["lr"], "betas": cfg["betas"], "weight_decay": cfg["weight_decay"],
+               "fused": device.type in ("cpu", "cuda")}
+    if cfg["optimizer"] == "adamw":
+        return torch.optim.AdamW(model.parameters(), **options)
+    ends, hidden = [], []
+    for p in model.parameters():
+        (hidden if p.dim() == 4 and p.shape[0] == p.shape[1] else ends).append(p)
+    return Muon([{"params": hidden, "orthogonal": True}, {"params": ends, "orthogonal": False}], **options)
+
+
+# ---- how good it is
+
+def psnr(images, others):
+    """Peak signal-to-noise ratio in dB of each image, B x C x H x W in [0, 1] -> B: 10 log10(1 / mean square error)."""
+    return -10 * (images - others).square().mean((1, 2, 3)).log10()
+
+
+def ssim(images, others):
+    """Structural similarity of each image, B x C x H x W in [0, 1], H and W at least 11 -> B, 1 where they are equal.
+
+    Wang et al. 2004, eq. 13 with its constants: Gaussian window of 11 x 11, sigma 1.5, K = 0.01 and 0.03; the mean over
+    all windows that lie in the image, and over the colours.
+    """
+    window = torch.exp(-(torch.arange(-5, 6, dtype=images.dtype, device=images.device) / 1.5).square() / 2)
+    window = window / window.sum()
+
+    def local(x):  # weighted mean in every window
+        x = F.conv2d(x.flatten(0, 1)[:, None], window.view(1, 1, 11, 1))
+        return F.conv2d(x, window.view(1, 1, 1, 11)).view(*images.shape[:2], -1)
+
+    x, y = local(images), local(others)
+    xx, yy, xy = local(images ** 2) - x ** 2, local(others ** 2) - y ** 2, local(images * others) - x * y
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    return ((2 * x * y + c1) * (2 * xy + c2) / ((x ** 2 + y ** 2 + c1) * (xx + yy + c2))).mean((1, 2))
+
+
+@torch.no_grad()
+def evaluate(model, dataset, device, n=None, keep=0):
+    """Reconstruct the images of an ImageDataset whose `augment` is off, in fp32, clamped to [0, 1].
+
+    Args:
+        model: TAESD.
+        n: so many images, spread over the set; None: all.
+        keep: so many of them are returned.
+
+    Returns:
+        ({"psnr" in dB and "ssim": means over the images; "latents": {"mean", "std": of each channel, "largest":
+        absolute value, "beyond_2.5": share of all}}, images keep x 3 x S x S, reconstructions like them, on the CPU).
+    """
+    index = torch.linspace(0, len(dataset) - 1, min(n or len(dataset), len(dataset))).long()
+    like = next(model.parameters()).dtype
+    values, latents, kept = [], [], []
+    for part in index.split(16):
+        images = dataset.batch(part)[0].to(device, like)
+        latents.append(model.encoder(images))
+        others = model.decoder(latents[-1]).clamp(0, 1)
+        values.append(torch.stack([psnr(images, others), ssim(images, others)]))
+        if sum(len(pair[0]) for pair in kept) < keep:
+            kept.append((images.cpu(), others.cpu()))
+    latents = torch.cat(latents)
+    std, mean = torch.std_mean(latents, (0, 2, 3))
+    size = latents.abs()
+    figures = dict(zip(("psnr", "ssim"), torch.cat(values, 1).mean(1).tolist()))
+    figures["latents"] = {"mean": mean.tolist(), "std": std.tolist(), "largest": float(size.max()),
+                          "beyond_2.5": float((size > 2.5).float().mean())}
+    images, others = (torch.cat(x)[:keep] for x in zip(*kept)) if kept else (images[:0].cpu(),) * 2
+    return figures, images, others

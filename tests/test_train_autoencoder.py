@@ -1,0 +1,398 @@
+"""Training of the autoencoder: its measures against slow ones, its loss and crops, and the script from end to end."""
+
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import train_autoencoder
+from helpers import one_line, tree
+from libs import UsageError, autoencoder_training, load_checkpoint, load_config
+from libs.autoencoder_training import (TrainedTAESD, build_optimizer, draw_crops, evaluate, load_images, load_settings,
+                                       psnr, ssim)
+from libs.tiny_autoencoder import TAESD, Block
+from libs.training import ModelEMA
+from test_resume import assert_identical
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = str(ROOT / "configs" / "afhq_autoencoder.yaml")
+
+
+# ---- the measures
+
+def test_psnr_of_known_errors():
+    a = torch.rand(3, 3, 16, 20)
+    b = a + torch.tensor([0.1, 0.01, -0.5])[:, None, None, None]
+    assert psnr(a, b).tolist() == pytest.approx([20, 40, 20 * math.log10(2)], rel=1e-4)
+
+
+def slow_ssim(a, b):
+    """Wang et al. 2004, window by window, for one channel."""
+    def moments(x, y, weight):
+        mx, my = (weight * x).sum(), (weight * y).sum()
+        vx, vy = (weight * (x - mx) ** 2).sum(), (weight * (y - my) ** 2).sum()
+        return mx, my, vx, vy, (weight * (x - mx) * (y - my)).sum()
+
+    radius = np.add.outer(np.arange(-5, 6) ** 2, np.arange(-5, 6) ** 2)
+    weight = np.exp(-radius / (2 * 1.5 ** 2))
+    weight /= weight.sum()
+    values = []
+    for i in range(a.shape[0] - 10):
+        for j in range(a.shape[1] - 10):
+            mx, my, vx, vy, cov = moments(a[i:i + 11, j:j + 11], b[i:i + 11, j:j + 11], weight)
+            values.append((2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx ** 2 + my ** 2 + 1e-4) * (vx + vy + 9e-4)))
+    return np.mean(values)
+
+
+def test_ssim_against_one_window_at_a_time():
+    a = torch.rand(2, 3, 14, 19, dtype=torch.float64)
+    b = (a + 0.2 * torch.randn(a.shape, dtype=torch.float64)).clamp(0, 1)
+    wanted = [np.mean([slow_ssim(a[i, c].numpy(), b[i, c].numpy()) for c in range(3)]) for i in range(2)]
+    assert ssim(a, b).tolist() == pytest.approx(wanted, rel=1e-9)
+    assert ssim(a, a).tolist() == pytest.approx([1, 1])
+    # of flat images only their brightness is compared
+    flat = torch.full((1, 3, 11, 11), 0.3, dtype=torch.float64)
+    assert float(ssim(flat, flat + 0.4)) == pytest.approx((2 * 0.3 * 0.7 + 1e-4) / (0.3 ** 2 + 0.7 ** 2 + 1e-4))
+
+
+class Shrinker(nn.Module):
+    """In TAESD's place: 4 latents for 3 colours, and back with an error of 0.1."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(4.0))
+
+    def encoder(self, x):
+        return torch.cat([x, x[:, :1]], 1) * self.scale
+
+    def decoder(self, z):
+        return z[:, :3] / self.scale + 0.1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six training and six test images of two classes, larger than they will be read."""
+    return tree(tmp_path_factory.mktemp("images"), {"train": ["a", "b"], "test": ["a", "b"]}, width=64, height=64)
+
+
+def section(folder, size):
+    return {"name": "ImageFolder", "data_folder": folder, "img_size": size, "limit": None}
+
+
+def test_evaluate_is_the_mean_over_all_images(folder):
+    images = load_images(section(folder, 32), "test")
+    figures, kept, others = evaluate(Shrinker(), images, torch.device("cpu"), keep=4)
+    pixels = images.images.double() / 255
+    shifted = (pixels + 0.1).clamp(0, 1)
+    assert len(pixels) == 6
+    wanted = [-10 * math.log10(((a - b) ** 2).mean()) for a, b in zip(pixels, shifted)]
+    assert figures["psnr"] == pytest.approx(np.mean(wanted), rel=1e-5)
+    assert figures["ssim"] == pytest.approx(float(ssim(pixels, shifted).mean()), rel=1e-4)
+    latents = 4 * pixels[:, [0, 1, 2, 0]]
+    assert figures["latents"]["mean"] == pytest.approx(latents.mean((0, 2, 3)).tolist(), rel=1e-4)
+    assert figures["latents"]["std"] == pytest.approx(latents.std((0, 2, 3)).tolist(), rel=1e-3)
+    assert figures["latents"]["largest"] == pytest.approx(float(latents.max()))
+    assert figures["latents"]["beyond_2.5"] == pytest.approx(float((latents > 2.5).double().mean()), abs=1e-6)
+    assert torch.allclose(kept.double(), pixels[:4]) and torch.allclose(others.double(), shifted[:4])
+    assert evaluate(Shrinker(), images, torch.device("cpu"), n=1)[0]["psnr"] == pytest.approx(wanted[0], rel=1e-5)
+
+
+# ---- crops
+
+def test_images_are_read_at_their_own_size(folder):
+    for split, size in (("train", 64), ("test", 64), ("test", 32), ("test", 48)):
+        data = load_images(section(folder, size), split)
+        assert data.images.shape == (6, 3, size, size) and data.img_shape == (3, size, size)
+    first = np.asarray(Image.open(os.path.join(folder, "test", "a", "0.png")))
+    item = load_images(section(folder, 64), "test")[0][0]
+    assert torch.equal((item * 255).round().byte(), torch.from_numpy(first.copy()).permute(2, 0, 1))
+
+
+def test_crops_are_a_function_of_seed_and_update(folder):
+    data, cpu = load_images(section(folder, 32), "train"), torch.device("cpu")
+    config = {"seed": 3, "dataset": {"img_size": 32}, "loader": {"batch_size": 6}}
+    first = [draw_crops(data, config, step, 8, cpu) for step in range(8)]
+    for step in (7, 2, 5, 0):
+        assert all(torch.equal(a, b) for a, b in zip(first[step], draw_crops(data, config, step, 8, cpu)))
+    assert not torch.equal(first[0][0], first[1][0]) and not torch.equal(first[0][1], first[1][1])
+    assert not torch.equal(first[0][0], draw_crops(data, {**config, "seed": 4}, 0, 8, cpu)[0])
+    # the last quarter: whole images, and a quarter as many, rounded up
+    assert [tuple(images.shape) for images, _ in first] == [(6, 3, 16, 16)] * 6 + [(2, 3, 32, 32)] * 2
+    assert [tuple(noise.shape) for _, noise in first] == [(6, 4, 2, 2)] * 6 + [(2, 4, 4, 4)] * 2
+    assert 0.85 < torch.cat([noise.flatten() for _, noise in first]).std() < 1.15
+
+    # each is cut out of an image, as it is or mirrored
+    whole = data.images.float() / 255
+    windows = whole.unfold(2, 16, 1).unfold(3, 16, 1)
+    seen = torch.tensor([[(windows - x[None, :, None, None]).abs().amax((1, 4, 5)).amin() < 1e-6
+                          for x in (crop, crop.flip(-1))] for images, _ in first[:6] for crop in images])
+    assert seen.any(1).all() and seen.any(0).all()
+    assert all(any(torch.allclose(image, w) or torch.allclose(image, w.flip(-1)) for w in whole)
+               for image in first[-1][0])
+
+
+# ---- the loss
+
+def rms(error):
+    """Root of each image's mean square and 1e-4, mean over the images."""
+    return np.mean([math.sqrt((image ** 2).mean() + 1e-4) for image in error])
+
+
+def test_terms_of_the_loss():
+    model = TrainedTAESD().double()
+    images = torch.rand(3, 3, 32, 32, dtype=torch.float64)
+    noise = torch.randn(3, 4, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        model.model.encoder[-1].weight *= 6  # so that some latents are beyond 2.5
+        terms = model(images, noise)
+        z = model.model.encoder(images)
+        out = model.model.decoder(z + autoencoder_training.LATENT_NOISE * noise)
+    error = (out - images).numpy()
+    assert float(terms["pixels"]) == pytest.approx(rms(error))
+    edges = rms(error[:, :, 1:] - error[:, :, :-1]) + rms(error[..., 1:] - error[..., :-1])
+    assert float(terms["edges"]) == pytest.approx(autoencoder_training.EDGES * edges)
+    channels = z.transpose(0, 1).flatten(1).numpy()
+    away = np.maximum(np.abs(channels) - 2.5, 0)
+    assert (away > 0).any()
+    wanted = (channels.mean(1) ** 2 + (channels.std(1, ddof=1) - 1) ** 2).mean() + (away ** 2).mean()
+    assert float(terms["latents"]) == pytest.approx(autoencoder_training.LATENTS * wanted)
+    assert terms.keys() == {"pixels", "edges", "latents"}
+
+
+def test_training_starts_with_blocks_that_pass_things_on_and_usable_latents():
+    model = TrainedTAESD().model
+    x = torch.rand(1, 64, 8, 8)
+    blocks = [m for m in model.modules() if isinstance(m, Block)]
+    assert len(blocks) == 20 and all(torch.equal(block(x), x) for block in blocks)
+    images = torch.rand(4, 3, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    latents = model.encoder(images)
+    assert 0.2 < latents.std() < 5
+    assert 0.4 < model.decoder(latents).mean() < 0.6
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_start_from_weights(tmp_path):
+    given = TAESD()
+    torch.save(given.encoder.state_dict(), tmp_path / "e.pth")
+    torch.save(given.decoder.state_dict(), tmp_path / "d.pth")
+    model = TrainedTAESD(str(tmp_path / "e.pth"), str(tmp_path / "d.pth")).model
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), given.parameters()))
+    half = TrainedTAESD(str(tmp_path / "e.pth")).model
+    assert half.encoder[1].conv[4].weight.any() and not half.decoder[3].conv[4].weight.any()
+
+
+def test_muon_is_for_the_inner_kernels():
+    model, cfg = TrainedTAESD(), load_settings(CONFIG)["train_cfg"]
+    groups = {g["orthogonal"]: g["params"] for g in build_optimizer(model, cfg, torch.device("cpu")).param_groups}
+    assert {tuple(p.shape) for p in groups[True]} == {(64, 64, 3, 3)} and len(groups[True]) == 66
+    assert {tuple(p.shape[:2]) for p in groups[False]} == {(64,), (3,), (4,), (64, 3), (4, 64), (64, 4), (3, 64)}
+    assert sum(map(len, groups.values())) == len(list(model.parameters()))
+    adamw = build_optimizer(model, {**cfg, "optimizer": "adamw"}, torch.device("cpu"))
+    assert sum(p.numel() for g in adamw.param_groups for p in g["params"]) == 1_222_532 + 1_222_531
+
+
+# ---- the script
+
+@pytest.fixture
+def script(folder, tmp_path, monkeypatch):
+    """script(arguments): runs train_autoencoder.py on small images; `script.runs` holds its run folders."""
+    def script(*arguments, epochs=4, batch_size=2):
+        sets = {"devices": "[cpu]", "output_folder": tmp_path / "runs", "dataset.name": "ImageFolder",
+                "dataset.data_folder": folder, "dataset.img_size": 32, "loader.batch_size": batch_size,
+                "train_cfg.epochs": epochs, "train_cfg.num_eval_samples": 3}
+        changes = [x for key, value in sets.items() for x in ("--set", f"{key}={value}")]
+        monkeypatch.setattr(sys, "argv", ["train_autoencoder.py", CONFIG, *changes, *map(str, arguments)])
+        return train_autoencoder.main()
+
+    script.runs = tmp_path / "runs"
+    threads, handlers = torch.get_num_threads(), [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    torch.set_num_threads(1)  # sums in one order
+    yield script
+    torch.set_num_threads(threads)
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+def assert_same(a, b):
+    for key in ("step", "state_dict", "state_dict_ema", "optimizer"):
+        assert_identical(load_checkpoint(str(a))[key], load_checkpoint(str(b))[key], key)
+
+
+def test_from_images_to_files(script, folder, monkeypatch, capsys, diffusers):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert not script("--output", "whole", "-c", "2", "-p", "5")
+    said = capsys.readouterr().out
+    whole = script.runs / "afhq_autoencoder_whole"
+    assert "3 updates an epoch, 12 in all" in said and "run folder: " in said and "update 10/12" in said
+    assert sorted(p.name for p in whole.iterdir()) == [
+        "config.txt", "decoder.pth", "encoder.pth", "epoch_001.pth.tar", "epoch_003.pth.tar", "evaluation.json",
+        "evaluation.png", "logs", "model_final.pth.tar", "sample-1.png", "sample-3.png"]
+    assert Image.open(whole / "sample-3.png").size == (3 * 33 + 1, 33 + 1)
+    board = EventAccumulator(str(whole / "logs"))
+    board.Reload()
+    assert {"train/loss", "train/pixels", "train/edges", "train/latents", "train/lr", "train/grad_norm", "eval/psnr",
+            "eval/ssim", "latents/mean_0", "latents/std_3", "speed/crops_per_s"} <= set(board.Tags()["scalars"])
+    assert [e.step for e in board.Scalars("train/loss")] == [5, 10, 12]
+    assert [e.step for e in board.Scalars("eval/psnr")] == [6, 12]
+
+    # the files: small, in half precision, TAESD's layout, the averaged weights
+    files = [str(whole / f"{half}.pth") for half in ("encoder", "decoder")]
+    averaged = load_checkpoint(str(whole / "model_final.pth.tar"))["state_dict_ema"]
+    for path, half in zip(files, ("encoder", "decoder")):
+        assert os.path.getsize(path) < 3e6
+        state = torch.load(path, weights_only=True)
+        assert all(torch.equal(w, averaged[f"model.{half}.{key}"].half()) for key, w in state.items())
+    ours, theirs = TAESD(*files), diffusers.AutoencoderTiny().eval()
+    theirs.encoder.load_state_dict({f"layers.{key}": w for key, w in ours.encoder.state_dict().items()})
+    numbers = [(key.split(".", 1), w) for key, w in ours.decoder.state_dict().items()]
+    theirs.decoder.load_state_dict({f"layers.{int(n) - 1}.{rest}": w for (n, rest), w in numbers})
+
+    # the figures, by way of diffusers: its images are in [-1, 1]
+    figures = json.loads((whole / "evaluation.json").read_text())
+    images = load_images(section(folder, 32), "test").images.float() / 255
+    with torch.no_grad():
+        others = ((theirs(2 * images - 1).sample + 1) / 2).clamp(0, 1)
+    assert figures["psnr"] == pytest.approx(float(psnr(images, others).mean()), abs=1e-3)
+    assert (figures["split"], figures["images"], figures["img_size"]) == ("test", 6, 32)
+
+    # --evaluate gives the same
+    assert not script("--evaluate", *files, "--output", script.runs / "again.json")
+    assert json.loads((script.runs / "again.json").read_text()) == figures
+    assert (script.runs / "again.png").read_bytes() == (whole / "evaluation.png").read_bytes()
+
+    # stopped twice and resumed, by folder: the same bits
+    update = ModelEMA.update
+    for stop, resume in ((2, []), (5, ["--resume"])):
+        def patched(self, model):
+            update(self, model)
+            if self.updates == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(ModelEMA, "update", patched)
+        where = script.runs / "afhq_autoencoder_broken"
+        assert script(*(["--resume", where] if resume else ["--output", "broken"]), "-c", "2") == 128 + signal.SIGINT
+        assert "go on with: python train_autoencoder.py" in capsys.readouterr().out
+        assert not (where / "encoder.pth").exists()
+    monkeypatch.setattr(ModelEMA, "update", update)
+    assert not script("--resume", where, "-c", "2")
+    assert "update 5" in capsys.readouterr().out
+    assert_same(whole / "epoch_003.pth.tar", where / "epoch_003.pth.tar")
+    assert figures == json.loads((where / "evaluation.json").read_text())
+
+    # from a checkpoint of a run that went on
+    assert not script("--resume", whole / "epoch_001.pth.tar")
+    assert (whole / "epoch_003.pth.tar.superseded").exists()
+    assert_same(whole / "epoch_003.pth.tar", where / "epoch_003.pth.tar")
+
+
+def test_learns(script, tmp_path):
+    """In bfloat16, from 80 updates on six images of a few colours, which it then knows better than by their means."""
+    data = tree(tmp_path / "plain", {"": ["a", "b"]}, width=32, height=32)
+    assert not script("--output", "run", "-c", "1000", "--set", f"dataset.data_folder={data}", "--set", "dtype=bf16",
+                      "--set", "train_cfg.warmup=5", "--set", "train_cfg.ema_decay=0.9", epochs=80, batch_size=6)
+    figures = json.loads((script.runs / "afhq_autoencoder_run" / "evaluation.json").read_text())
+    images = load_images(section(data, 32), "train").images.float() / 255
+    flat = float(psnr(images, images.mean((2, 3), keepdim=True).expand_as(images)).mean())
+    assert figures["psnr"] > flat + 1
+
+
+# ---- mistakes
+
+def refused(call, *says):
+    with pytest.raises(UsageError) as error:
+        call()
+    message = one_line(error)
+    assert all(words in message for words in says), message
+
+
+@pytest.mark.parametrize("settings, says", [
+    (["model.dim=32"], "model.dim is no setting of the autoencoder's training; model has vae_encoder_weights"),
+    (["train_cfg.accumulate=2"], "train_cfg.accumulate is no setting of the autoencoder's training; train_cfg has lr,"),
+    (["sample_cfg.steps=5"], "sample_cfg.steps is no setting"), (["eval.every=1"], "eval.every is no setting"),
+    (["dataset.split=test"], "dataset.split is no setting"),
+    (["dataset.name=MNIST"], "dataset.name is MNIST; the autoencoder learns from a folder of photographs: one of AFHQ"),
+    (["dataset.img_size=40"], "dataset.img_size is 40; it must be a multiple of 16"),
+    (["train_cfg.lrr=1"], "unknown key train_cfg.lrr; did you mean train_cfg.lr?"),
+    (["model_name=EDM", "model.rho=5"], "model.rho is no setting"),
+])
+def test_settings_that_say_nothing_are_refused(settings, says):
+    refused(lambda: load_settings(CONFIG, settings), says)
+    # and so is a diffusion model's config
+    refused(lambda: load_settings(str(ROOT / "configs" / "afhq.yaml")), "no setting of the autoencoder's training")
+
+
+def test_settings_are_train_pys():
+    config, given = load_settings(CONFIG), load_config(CONFIG)
+    assert config["model_name"] == "TAESD" and config["dataset"]["img_size"] == 128
+    assert all(config[part].items() <= given[part].items() for part in ("loader", "train_cfg"))
+
+
+def test_own_vae_is_afhq_with_other_weights():
+    ours, handouts = (load_config(str(ROOT / "configs" / name)) for name in ("afhq_own_vae.yaml", "afhq.yaml"))
+    for half in ("encoder", "decoder"):
+        path = ours["model"].pop(f"vae_{half}_weights")
+        assert Path(path) == (ROOT / "pretrained" / f"afhq_{half}.pth").resolve()
+        assert Path(handouts["model"].pop(f"vae_{half}_weights")).name == f"taesd_{half}.pth"
+    assert ours == handouts
+
+
+def test_mistakes_are_one_line_and_leave_nothing(script, folder, tmp_path):
+    assert not script("--dry-run")
+    torch.save(TAESD().encoder.state_dict(), tmp_path / "e.pth")
+    (tmp_path / "r.json").touch()
+    for arguments, *says in (
+            (["--set", f"dataset.data_folder={tmp_path / 'nowhere'}"], "dataset.data_folder: no folder", "nowhere"),
+            (["--resume", tmp_path], "--resume: no whole checkpoint"),
+            (["--resume", tmp_path, "--output", "a"], "--output: a cannot be given with --resume"),
+            (["--set", f"model.vae_decoder_weights={tmp_path / 'e.pth'}"], "model.vae_decoder_weights: ", "not hold"),
+            (["--evaluate", tmp_path / "no.pth", tmp_path / "e.pth", "--output", tmp_path / "a"], "no file", "no.pth"),
+            (["--evaluate", tmp_path / "e.pth", tmp_path / "e.pth", "--output", tmp_path / "r.json"], "r.json exists"),
+            (["--evaluate", tmp_path / "e.pth"], "--evaluate"), (["-c", "0"], "-c")):
+        refused(lambda: script(*arguments), *says)
+    assert not script.runs.exists() and {p.name for p in tmp_path.iterdir()} == {"e.pth", "r.json"}
+
+
+def test_what_cannot_be_resumed(script):
+    script("--output", "run", epochs=1)
+    run = script.runs / "afhq_autoencoder_run"
+    refused(lambda: script("--resume", run, batch_size=3), "loader.batch_size is 2 there and 3")
+    refused(lambda: script("--resume", run / "model_final.pth.tar"), "holds no optimizer state")
+    refused(lambda: script("--output", "run"), "--output: ", "exists")
+
+
+def test_without_held_out_images(script, tmp_path, capsys):
+    data = tree(tmp_path / "plain", {"": ["a", "b"]})
+    script("--output", "run", "--set", f"dataset.data_folder={data}", epochs=1)
+    assert "has no folder test or val: quality will be measured on training images" in capsys.readouterr().out
+    assert json.loads((script.runs / "afhq_autoencoder_run" / "evaluation.json").read_text())["split"] == "train"
+
+
+@pytest.fixture
+def shipped():
+    files = [ROOT / "pretrained" / f"afhq_{half}.pth" for half in ("encoder", "decoder")]
+    if not all(map(Path.exists, files)):
+        pytest.skip("no pretrained/afhq_*.pth")
+    return list(map(str, files))
+
+
+def test_shipped_weights(shipped):
+    assert all(os.path.getsize(path) < 3e6 for path in shipped)
+    model = TAESD(*shipped)
+    # faces are not all they know: a smooth picture survives
+    x = nn.functional.interpolate(torch.rand(1, 3, 4, 4), size=(64, 64), mode="bicubic").clamp(0, 1)
+    assert float(psnr(x, model.decoder(model.encoder(x)).clamp(0, 1))) > 20
+
+
+def test_shipped_weights_on_real_cats(shipped, real_data):
+    data = {"name": "AFHQ", "data_folder": os.path.join(real_data, "afhq"), "img_size": 128}
+    figures, _, _ = evaluate(TAESD(*shipped), load_images(data, "test"), torch.device("cpu"), n=40)
+    assert figures["psnr"] > 25
+    assert max(map(abs, figures["latents"]["mean"])) < 0.3 and 0.7 < min(figures["latents"]["std"])
