@@ -10,7 +10,7 @@ from libs import UsageError, load_config
 from libs.config import CODE, DEFAULTS, MODEL_OPTIONS, RULES, complete_config, portable
 
 ROOT = Path(CODE).parent
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if p.name != "sd15.yaml"]  # that one is txt2img.py's
 MNIST = str(ROOT / "configs" / "mnist.yaml")
 
 
