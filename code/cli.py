@@ -54,6 +54,22 @@ def sampler_settings(args):
     return {key: getattr(args, key) for key in SETTINGS}
 
 
+def add_training_flags(parser):
+    """The flags of the scripts that train: what, where to, how often to say and to save."""
+    parser.add_argument("config", help="YAML file, for example ./configs/mnist.yaml")
+    parser.add_argument("-p", "--print-freq", type=positive, default=100, metavar="N",
+                        help="updates between two lines of the log (default 100)")
+    parser.add_argument("-c", "--ckpt-freq", type=positive, default=5, metavar="N",
+                        help="epochs between two checkpoints, each with pictures (default 5)")
+    parser.add_argument("--output", default="", metavar="NAME",
+                        help="name of the run folder, <config>_NAME; the starting time if not given")
+    parser.add_argument("--resume", default="", metavar="PATH",
+                        help="go on from a checkpoint, or from the newest one of a run folder")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="change a setting of the config, for example --set train_cfg.epochs=5")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done; write nothing")
+
+
 def interval(text):
     """Type of --guidance-interval."""
     try:

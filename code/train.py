@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 import libs
-from cli import Parser, positive, run
+from cli import Parser, add_training_flags, run
 from libs.checkpoint import set_aside_later
 from libs.distributed import World
 from libs.errors import UsageError, shown
@@ -21,18 +21,7 @@ from run_folder import RunFolder, describe, find_place, restore, resume_command
 
 def parse_args():
     parser = Parser(__doc__)
-    parser.add_argument("config", help="YAML file, for example ./configs/mnist.yaml")
-    parser.add_argument("-p", "--print-freq", type=positive, default=100, metavar="N",
-                        help="updates between two lines of the log (default 100)")
-    parser.add_argument("-c", "--ckpt-freq", type=positive, default=5, metavar="N",
-                        help="epochs between two checkpoints, each with sample images (default 5)")
-    parser.add_argument("--output", default="", metavar="NAME",
-                        help="name of the run folder, <config>_NAME; the starting time if not given")
-    parser.add_argument("--resume", default="", metavar="PATH",
-                        help="go on from a checkpoint, or from the newest one of a run folder")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="change a setting of the config, for example --set train_cfg.epochs=5")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done; write nothing")
+    add_training_flags(parser)
     return parser.parse_args()
 
 

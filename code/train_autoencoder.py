@@ -14,7 +14,7 @@ from collections import defaultdict
 
 import torch
 
-from cli import Parser, check_output, positive, run
+from cli import Parser, add_training_flags, check_output, run
 from libs.autoencoder_training import (WHOLE_FROM, TrainedTAESD, build_optimizer, draw_crops, evaluate, load_images,
                                        load_settings)
 from libs.checkpoint import set_aside_later
@@ -35,21 +35,10 @@ QUICK = 32  # test images that are measured while training
 
 def parse_args():
     parser = Parser(__doc__)
-    parser.add_argument("config", help="YAML file, for example ./configs/afhq_autoencoder.yaml")
-    parser.add_argument("-p", "--print-freq", type=positive, default=100, metavar="N",
-                        help="updates between two lines of the log (default 100)")
-    parser.add_argument("-c", "--ckpt-freq", type=positive, default=5, metavar="N",
-                        help="epochs between two checkpoints, each with reconstructions (default 5)")
-    parser.add_argument("--output", default="", metavar="NAME",
-                        help="name of the run folder, <config>_NAME; the starting time if not given\n"
-                             "with --evaluate: file for the figures, .json, beside which comes a picture")
-    parser.add_argument("--resume", default="", metavar="PATH",
-                        help="go on from a checkpoint, or from the newest one of a run folder")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="change a setting of the config, for example --set train_cfg.epochs=5")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done; write nothing")
+    add_training_flags(parser)
     parser.add_argument("--evaluate", nargs=2, metavar=("ENCODER", "DECODER"),
-                        help="only measure these weights on the held-out images")
+                        help="only measure these weights on the held-out images; --output then names the figures,\n"
+                        "FILE.json, beside which comes a picture")
     return parser.parse_args()
 
 
