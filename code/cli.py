@@ -44,7 +44,7 @@ def add_sampler_flags(parser):
                      help="guide only at noise levels LO < sigma <= HI")
     way.add_argument("--clip", action=argparse.BooleanOptionalAction, default=None,
                      help="keep predicted pixels in [-1, 1]")
-    way.add_argument("--eta", type=float, default=None, help="new noise in each step, 0 to 1: ddim, euler_ancestral")
+    way.add_argument("--eta", type=float, default=None, help="new noise in each step, 0 to 1: ddim, dpmpp_2m, euler_ancestral")
     way.add_argument("--spacing", choices=SPACINGS, default=None, help="of ddim's timesteps")
     way.add_argument("--S-churn", type=float, default=None, help="new noise on the whole way: heun")
 

@@ -135,7 +135,7 @@ def main():
     plans = [model.plan(**options) for options in ways]
     if args.interpolate and is_random(plans[0]):
         raise UsageError(f"--interpolate: {plans[0].sampler} adds noise on the way, so that neighbours would differ; "
-                         "take one that does not, such as dpmpp_2m, or ddim with --eta 0")
+                         "take one that does not, such as heun, or --eta 0")
     folders = folder_names(state.get("classes"), model.num_classes)
     keep = []
     if args.kind == "gif":

@@ -15,7 +15,7 @@ LATENTS = ["model.use_vae=true", "model.vae_encoder_weights=e.pth", "model.vae_d
 @pytest.mark.parametrize("settings, said", [
     (("sampler=ddim", "steps=21"), "steps.*at most model.timesteps, 20"),
     (("sampler=ddpm", "steps=5"), "steps.*always takes all 20"),
-    (("sampler=heun", "eta=0.5"), "eta: the sampler heun does not take it; ddim, euler_ancestral do"),
+    (("sampler=heun", "eta=0.5"), "eta: the sampler heun does not take it; ddim, euler_ancestral, dpmpp_2m do"),
     (("S_churn=10",), "S_churn: the sampler ddim does not take it; heun does"),
     (("guidance_interval=[3, 2]",), r"guidance_interval: \[3.0, 2.0\]"),
 ])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from exact import ONE, TWO
-from libs.samplers import SOLVERS, ddim_step, ddim_timesteps, euler_ancestral, heun, karras_sigmas
+from libs.samplers import SOLVERS, ddim_step, ddim_timesteps, dpmpp_2m, euler_ancestral, heun, karras_sigmas
 
 LO, HI = 0.002, 80.0
 U = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
@@ -109,7 +109,7 @@ CHURN = dict(S_churn=60, S_min=0.05, S_max=50.0)
 @DATA
 @pytest.mark.parametrize("sampler, steps, options", [
     (euler_ancestral, 250, {}), (euler_ancestral, 250, {"eta": 0.5}), (heun, 100, CHURN),
-    (heun, 100, {"S_churn": 1000}),
+    (heun, 100, {"S_churn": 1000}), (dpmpp_2m, 100, {"eta": 0.5}), (dpmpp_2m, 100, {"eta": 1.0}),
 ])
 def test_distribution(data, sampler, steps, options):
     x = HI * torch.randn(N, dtype=torch.float64)
@@ -117,7 +117,8 @@ def test_distribution(data, sampler, steps, options):
     assert (standard_errors(end, data) < 5).all(), standard_errors(end, data)
 
 
-@pytest.mark.parametrize("sampler, steps, options", [(euler_ancestral, 250, {}), (heun, 100, CHURN)])
+@pytest.mark.parametrize("sampler, steps, options", [(euler_ancestral, 250, {}), (heun, 100, CHURN),
+                                                     (dpmpp_2m, 100, {"eta": 1.0})])
 def test_the_distribution_notices_too_little_noise(sampler, steps, options):
     x = HI * torch.randn(N, dtype=torch.float64)
     end = sampler(TWO.denoise, x, karras_sigmas(steps), generator=lambda step, shape: 0.8 * torch.randn(shape),

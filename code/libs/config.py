@@ -84,7 +84,7 @@ DEFAULTS = {
         "guidance_interval": None,  # [sigma_lo, sigma_hi]: guide at these noise levels only; None: at all
         # keep predicted pixels in [-1, 1]; None: true for DDPM and DDIM in pixels, except with "ddpm"; false for EDM
         "clip": None,
-        "eta": None,  # new noise in each step, 0 to 1: of "ddim" (default 0), "euler_ancestral" (1)
+        "eta": None,  # new noise in each step, 0 to 1: of "ddim", "dpmpp_2m" (default 0), "euler_ancestral" (1)
         "spacing": None,  # of "ddim": "uniform" (default) or "quadratic" timesteps
         "S_churn": None, "S_min": None, "S_max": None, "S_noise": None,  # of "heun": EDM's Algorithm 2 (default: none)
     },
@@ -229,7 +229,7 @@ def load_config(path, overrides=()):
 def complete_config(given):
     """Put a dict of differences (or a checkpoint's whole configuration) on top of DEFAULTS; see `load_config`."""
     name = given.get("model_name", DEFAULTS["model_name"])
-    _check_value("model_name", name)
+    check_value("model_name", name)
     defaults = copy.deepcopy(DEFAULTS)
     defaults["model"].update(MODEL_OPTIONS[name])
     config = _merge(defaults, given, "", name)
@@ -288,7 +288,7 @@ def _merge(defaults, given, prefix, model_name):
                 raise UsageError(f"config: {full} is a section of `key: value` lines, not {value!r}")
             _merge(defaults[key], value, f"{full}.", model_name)
         else:
-            defaults[key] = _check_value(full, value)
+            defaults[key] = check_value(full, value)
     return defaults
 
 
@@ -303,7 +303,7 @@ def _hint(key, defaults, prefix, model_name):
     return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; there are {', '.join(map(str, defaults))}"
 
 
-def _check_value(key, value, rules=RULES):
+def check_value(key, value, rules=RULES):
     wanted, check = rules[key]
     try:
         return check(value)

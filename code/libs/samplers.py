@@ -18,7 +18,7 @@ DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "heun": 18, "euler": 50, "euler_ances
 SPACINGS = ("uniform", "quadratic")
 
 # option -> samplers that take it; the functions below have its meaning and its default
-OPTIONS = {"eta": ("ddim", "euler_ancestral"), "spacing": ("ddim",),
+OPTIONS = {"eta": ("ddim", "euler_ancestral", "dpmpp_2m"), "spacing": ("ddim",),
            "S_churn": ("heun",), "S_min": ("heun",), "S_max": ("heun",), "S_noise": ("heun",)}
 
 
@@ -166,10 +166,13 @@ def euler_ancestral(denoise, x, sigmas, callback=None, generator=None, eta=1.0):
     return x
 
 
-def dpmpp_2m(denoise, x, sigmas, callback=None, generator=None):
+def dpmpp_2m(denoise, x, sigmas, callback=None, generator=None, eta=0.0):
     """DPM-Solver++(2M): Lu et al. 2022 (arXiv 2211.01095), Algorithm 2, of second order. One call a step.
 
     With lambda = -ln(sigma); scaled as here, alpha is 1 and their sigma is ours.
+
+    eta: noise added anew on the way, as a share of DDPM's: 0 none, 1 their SDE-DPM-Solver++(2M) (Section 6). The
+        solution of the SDE that removes (1 + eta) times as much noise as the ODE and adds the rest again.
     """
     D_last = h_last = None
     for i, sigma, sigma_next in _steps(sigmas):
@@ -180,7 +183,9 @@ def dpmpp_2m(denoise, x, sigmas, callback=None, generator=None):
             h = math.log(sigma / sigma_next)
             # extrapolated to the middle of the step from this call and the one before
             D_mid = D if D_last is None else D + h / (2 * h_last) * (D - D_last)
-            x = sigma_next / sigma * x - math.expm1(-h) * D_mid
+            x = sigma_next / sigma * math.exp(-eta * h) * x - math.expm1(-(1 + eta) * h) * D_mid
+            if eta > 0:
+                x = x + sigma_next * (-math.expm1(-2 * eta * h)) ** 0.5 * draw_noise(generator, i, x)
             D_last, h_last = D, h
         if callback:
             callback(i, len(sigmas) - 1, x)

@@ -3,10 +3,10 @@
 import copy
 import os
 
-from ..config import (CODE, _check_value, _nearest, _read, boolean, device, integer, list_of, number, one_of, optional,
+from ..config import (CODE, check_value, _nearest, _read, boolean, device, integer, list_of, number, one_of, optional,
                       text)
 from ..errors import UsageError
-from .model import StableDiffusion
+from .model import DTYPES, StableDiffusion
 
 DEFAULTS = {
     "devices": ["cuda:0"],  # the first is used; without a GPU the CPU
@@ -40,7 +40,7 @@ def words():
 
 
 RULES = {
-    "devices": list_of(device()), "dtype": one_of("auto", "fp16", "bf16", "fp32"), "ema": boolean(),
+    "devices": list_of(device()), "dtype": one_of("auto", *DTYPES), "ema": boolean(),
     "vocabulary": optional(text()), "taesd_decoder": text(),
     "model.unet.dim": integer(32), "model.unet.context_dim": integer(1), "model.unet.dim_mults": list_of(integer(1)),
     "model.unet.attn_levels": list_of(integer(0), empty=True), "model.unet.num_res_blocks": integer(1),
@@ -65,7 +65,28 @@ def load_config(path, flags=None):
     for key in ("vocabulary", "taesd_decoder"):
         if config[key]:
             config[key] = os.path.normpath(os.path.join(CODE, os.path.expanduser(config[key])))
+    _check_sizes(config["model"])
     return config
+
+
+def _check_sizes(model):
+    unet, autoencoder, words = model["unet"], model["autoencoder"], model["text_encoder"]
+    attention = {*unet["attn_levels"], len(unet["dim_mults"]) - 1}  # the last level's channels are the middle's
+    channels = [unet["dim"] * mult for level, mult in enumerate(unet["dim_mults"]) if level in attention]
+    for key, value, fits, right in (
+            ("unet.dim", unet["dim"], unet["dim"] % 32 == 0, "a multiple of 32, the groups of its norms"),
+            ("unet.num_heads", unet["num_heads"], not any(c % unet["num_heads"] for c in channels),
+             f"a divisor of the channels of each level with attention, {channels}"),
+            ("unet.context_dim", unet["context_dim"], unet["context_dim"] == words["width"],
+             f"model.text_encoder.width, {words['width']}"),
+            ("autoencoder.dim", autoencoder["dim"], autoencoder["dim"] % 32 == 0,
+             "a multiple of 32, the groups of its norms"),
+            ("autoencoder.dim_mults", autoencoder["dim_mults"], len(autoencoder["dim_mults"]) == 4,
+             "a list of 4, for latents of an eighth of the picture's size"),
+            ("text_encoder.heads", words["heads"], words["width"] % words["heads"] == 0,
+             f"a divisor of model.text_encoder.width, {words['width']}")):
+        if not fits:
+            raise UsageError(f"config: model.{key} is {value}; it must be {right}")
 
 
 def _merge(defaults, given, prefix=""):
@@ -76,7 +97,7 @@ def _merge(defaults, given, prefix=""):
             raise UsageError(f"config: unknown key {full}; " + (f"did you mean {prefix}{near}?" if near else
                              f"there are {', '.join(map(str, defaults))}"))
         if not isinstance(defaults[key], dict):
-            defaults[key] = _check_value(full, value, RULES)
+            defaults[key] = check_value(full, value, RULES)
         elif isinstance(value, dict):
             _merge(defaults[key], value, f"{full}.")
         else:
