@@ -90,9 +90,10 @@ def test_res_block_formula():
     assert torch.allclose(block(x, t_emb), block.skip_connection(x) + h, atol=1e-5)
 
 
-def test_transformer_block_formula():
+@pytest.mark.parametrize("tokens", [1, 3])  # one: the label's, where no query is needed
+def test_transformer_block_formula(tokens):
     block = TransformerBlock(16, 12, num_heads=4)
-    x, context = torch.randn(2, 10, 16), torch.randn(2, 3, 12)
+    x, context = torch.randn(2, 10, 16), torch.randn(2, tokens, 12)
 
     def layer_norm(h, layer):
         h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()

@@ -166,7 +166,12 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x, context):
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        if context.shape[1] == 1:
+            # softmax over one token is 1: every pixel gets that token's value, whatever its query. Exactly the same
+            # output; norm2, to_q and to_k would have a gradient of zero and have none.
+            x = x + self.attn2.to_out(self.attn2.to_v(context))
+        else:
+            x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
