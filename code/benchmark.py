@@ -22,14 +22,14 @@ from benchmark_measure import NAIVE, OURS, SAMPLERS, build, measure, profile
 from benchmark_others import OTHERS, fit, parameters
 from cli import Parser, check_output, positive, run
 from libs.errors import RunError, UsageError, reason
-from libs.images import whole_file
+from libs.files import whole_file
 from libs.training import pick_device
 
 LEGEND = """\
 training: updates as train.py makes them, of random images in memory, after one to warm up.
 naively: the same network and data in fp32, eager, attention as two matrix products and a softmax, tensors not in
-channels_last, the optimizer not fused.
-peak memory: of the GPU, or of the whole process, libraries and all.
+channels_last, the optimizer not fused. (To one token of context attention is 1, in both: no query is computed.)
+peak memory: of the GPU, or of the whole process, libraries and all; there a sampler's is the largest one so far.
 GFLOP: 10^9 multiplications and additions of the network's matrix products and convolutions, per image; in training
 forward and backward, without what a kernel computes twice; in sampling forward, times the network calls.
 of matmul: GFLOP times images/s, in units of what a {n} x {n} matrix product reaches in the row's precision and

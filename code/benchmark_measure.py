@@ -189,6 +189,8 @@ def measure_samplers(config, seconds, device):
     rows = {}
     for name, options in ways.items():
         seen.clear()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         started = now(device)
         draw(options)
         taken, calls = now(device) - started, model.network_calls(**options)

@@ -21,10 +21,12 @@ import libs
 from cli import SETTINGS, Parser, check_output, interval, positive, run
 from libs.checkpoint import load_checkpoint, model_file
 from libs.classifier import file_hash
+from libs.config import check_value
 from libs.drawing import draw_images
 from libs.errors import UsageError, shown
 from libs.evaluation import RealImages, evaluate, labels_like, scalars
-from libs.images import ImageSet, to_uint8, whole_file
+from libs.files import whole_file
+from libs.images import ImageSet, to_uint8
 from libs.models import model_from
 from libs.training import memory_format, pick_device
 
@@ -48,7 +50,14 @@ def parse_args():
     args = parser.parse_args()
     if not args.output.endswith(".json"):
         raise UsageError(f"--output: {args.output} must end in .json")
+    if not os.path.exists(args.output):  # one of ours is added to
+        check_output(args.output, overwrite=False)
+        check_output(markdown(args.output), overwrite=False)
     return args
+
+
+def markdown(path):
+    return path[:-len("json")] + "md"
 
 
 def parse_way(text):
@@ -61,16 +70,17 @@ def parse_way(text):
     try:
         way = {} if name == "config" else {"sampler": sampler, "steps": int(steps) if colon else None}
         for key, _, value in (setting.partition("=") for setting in settings):
-            way[key] = interval(value) if key == "guidance_interval" else yaml.safe_load(value)
-    except (ValueError, argparse.ArgumentTypeError, yaml.YAMLError):
-        raise UsageError(f"{text!r} is no way to draw such as 'heun:9 guidance_scale=2'") from None
+            value = interval(value) if key == "guidance_interval" else yaml.safe_load(value)
+            way[key] = check_value(f"sample_cfg.{key}", value)
+    except (ValueError, argparse.ArgumentTypeError, yaml.YAMLError) as e:
+        why = f": {e}" if isinstance(e, UsageError) else ""
+        raise UsageError(f"{text!r} is no way to draw such as 'heun:9 guidance_scale=2'{why}") from None
     return way
 
 
 def load_rows(path, key):
     """The rows of an earlier call, of whatever checkpoint. Raises UsageError where they cannot be compared."""
     if not os.path.exists(path):
-        check_output(path, overwrite=False)
         return []
     try:
         with open(path) as f:
@@ -87,7 +97,7 @@ def load_rows(path, key):
 def save(path, head, rows):
     with whole_file(path) as f:
         f.write(json.dumps({**head, "rows": rows}, indent=1).encode())
-    with whole_file(path[:-len("json")] + "md") as f:
+    with whole_file(markdown(path)) as f:
         f.write(("\n".join(table(head, rows)) + "\n").encode())
 
 
@@ -100,8 +110,10 @@ def table(head, rows):
     yield "|" + "---|" * (6 + len(COLUMNS))
     groups = {}
     for row in rows:
-        groups.setdefault((row["model"], json.dumps(row["way"])), []).append(row)
-    for (model, _), same in groups.items():
+        groups.setdefault((row["model"], row["hash"], json.dumps(row["way"])), []).append(row)
+    for (model, digest, _), same in groups.items():
+        if any(row["model"] == model and row["hash"] != digest for row in rows):
+            model += f" ({digest})"  # trained further, or another file of the same name
         way = dict(same[0]["way"])
         cells = [model, way.pop("sampler"), str(way.pop("steps")),
                  ", ".join(f"{k} {v}" for k, v in way.items()) or "-", str(same[0]["network_calls"]), str(len(same))]
@@ -121,19 +133,23 @@ def main():
     for text in args.ways:
         options = libs.sampling_options(config, **parse_way(text))
         plan = model.plan(**options)
-        ways.append({**options, "sampler": plan.sampler, "steps": plan.steps})
+        way = {**options, "sampler": plan.sampler, "steps": plan.steps}
+        if way not in ways:
+            ways.append(way)
     if args.data_folder:
         config["dataset"]["data_folder"] = args.data_folder
     device = pick_device([args.device])
     real = RealImages(config, device)
     if list(state.get("classes", real.train.classes)) != list(real.train.classes):
         raise UsageError(f"{shown(path)}: its classes are not those of the data set; evaluate.py matches them by name")
-    head = {"num": args.num, "data": config["dataset"]["name"], "extractor_hash": real.extractor.hash}
+    # what rows must have in common to stand in one table
+    head = {"num": args.num, "data": real.train.digest()[:12], "extractor_hash": real.extractor.hash,
+            "device": str(device)}
     rows = load_rows(args.output, head)
-    done = {(row["model"], row["hash"], json.dumps(row["way"]), row["seed"]) for row in rows}
+    done = {(row["hash"], json.dumps(row["way"]), row["seed"]) for row in rows}
     name, digest = shown(args.checkpoint), file_hash(path)
     todo = [(way, seed) for seed in range(args.seeds) for way in ways
-            if (name, digest, json.dumps(way), seed) not in done]
+            if (digest, json.dumps(way), seed) not in done]
 
     calls = sum(model.network_calls(**way) for way, _ in todo) * args.num
     print(f"{len(todo)} sets of {args.num:,} images, {calls:,} network calls in all, on {device}, into {args.output}",
@@ -150,7 +166,7 @@ def main():
             report = evaluate(ImageSet(torch.cat(pixels), labels, real.train.classes), real, memorization=False)
             numbers = scalars(report)
             head |= {"metric": report["metric"], "n": report["n"], "floor": report["floor"]["fd_train"],
-                     "device": str(device), "torch": torch.__version__}
+                     "torch": torch.__version__}
             rows.append({"model": name, "hash": digest, "way": way, "seed": seed, "network_calls": cost,
                          "floors": numbers["fd_train"] / head["floor"], **numbers,
                          "seconds_per_1000": 1000 * seconds / args.num})

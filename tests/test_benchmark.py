@@ -86,7 +86,7 @@ def test_all_ways_to_train_make_the_same_update(place, monkeypatch):
             if way == NAIVE:
                 patch.setattr(F, "scaled_dot_product_attention", benchmark_measure.written_out_attention)
             model = build(config, way)
-            # with one token of context the attention to it is 1: these have no gradient but rounding
+            # with one token of context the attention to it is 1: these have no gradient
             weights = [p for name, p in model.model.named_parameters()
                        if not any(word in name for word in ("attn2.to_q", "attn2.to_k", "norm2"))]
             before = [p.detach().clone() for p in weights]

@@ -59,7 +59,7 @@ def test_rows_are_what_evaluation_says(place, call):
 
     # the table: one line a way, the mean over its seeds
     lines = (place.root / "t.md").read_text().splitlines()
-    assert len(lines) == 4 + 3 and lines[-1] in out and "| ddim | 4 | guidance_scale 1.0, eta 1 |" in lines[-1]
+    assert len(lines) == 4 + 3 and lines[-1] in out and "| ddim | 4 | guidance_scale 1.0, eta 1.0 |" in lines[-1]
     mean = (saved["rows"][2]["recall"] + saved["rows"][5]["recall"]) / 2
     assert f"| {mean:.3f} (±" in lines[-1]
 
@@ -73,7 +73,18 @@ def test_a_second_call_adds(place, call):
     rows = json.loads((place.root / "t.json").read_text())["rows"]
     assert rows[:1] == first and [r["way"]["sampler"] for r in rows] == ["heun", "euler"]
     other = place.checkpoint(*place.settings, classes=["cat", "dog"])  # new weights, same name
-    assert "1 sets" in call("heun:3", "--output", "t.json", model=other)[1]
+    status, out, _ = call("heun:3", "heun:3", "--output", "t.json", model=other)
+    assert status == 0 and out.startswith("1 sets")
+    lines = [line for line in (place.root / "t.md").read_text().splitlines() if "| heun | 3 |" in line]
+    hashes = [row["hash"] for row in json.loads((place.root / "t.json").read_text())["rows"] if
+              row["way"]["sampler"] == "heun"]
+    assert [h in line for h, line in zip(hashes, lines, strict=True)] == [True, True]  # no mean of two models
+
+
+def test_numbers_are_numbers(place, call):
+    assert call("heun:3 S_churn=1e1 guidance_scale=1", "heun:3 S_churn=10 guidance_scale=1.0", "--output", "t.json")[0] == 0
+    row, = json.loads((place.root / "t.json").read_text())["rows"]
+    assert row["way"]["S_churn"] == 10
 
 
 @pytest.mark.parametrize("arguments, says", [
@@ -82,16 +93,20 @@ def test_a_second_call_adds(place, call):
     (["heun:0"], "steps: 0"),
     (["heun:9 guidance=2"], "'guidance=2' is no setting; guidance_scale"),
     (["heun:9 guidance_interval=3"], "is no way to draw"),
+    (["heun:9 guidance_scale=abc"], "sample_cfg.guidance_scale is 'abc'; it must be"),
+    (["ddim clip=maybe"], "sample_cfg.clip is 'maybe'; it must be"),
     (["ddim:11"], "at most model.timesteps, 10"),
     (["ddim guidance_scale=2"], "needs a model that was trained with model.label_dropout"),
     (["heun:9", "--output", "t.txt"], "must end in .json"),
     (["heun:9", "--output", "no/t.json"], "cannot write into"),
     (["heun:9", "--output", "other.json"], "is no file of compare_samplers.py"),
     (["heun:9", "--output", "num.json"], "has num 9, not 8"),
+    (["heun:9", "--output", "notes.json"], "notes.md exists"),
 ])
 def test_bad_input(place, call, arguments, says):
     (place.root / "other.json").write_text('{"a": 1}')
     (place.root / "num.json").write_text('{"num": 9, "rows": []}')
+    (place.root / "notes.md").write_text("mine")
     before = place.files()
     status, out, err = call(*arguments)
     assert status == 2 and says in err and len(err.splitlines()) == 1, err
