@@ -19,7 +19,8 @@ from libs.drawing import draw_images
 from libs.errors import UsageError, shown
 from libs.evaluation import RealImages, evaluate, labels_like, scalars
 from libs.features import EXTRACTORS
-from libs.images import ImageSet, read_images, to_uint8, whole_file
+from libs.files import whole_file
+from libs.images import ImageSet, read_images, to_uint8
 from libs.memorization import LEAST
 from libs.models import model_from
 from libs.pictures import sheet, write_png

@@ -18,7 +18,7 @@ def main():
     args = parser.parse_args()
     check_output(args.output, args.overwrite, "output")
     state = load_checkpoint(args.checkpoint)
-    slim = {k: state[k] for k in ("epoch", "step", "config", "classes", "state_dict_ema") if k in state}
+    slim = {k: state[k] for k in ("epoch", "step", "config", "classes", "autoencoder", "state_dict_ema") if k in state}
     if args.half:
         slim["state_dict_ema"] = {k: v.half() if k.startswith("model.") else v
                                   for k, v in slim["state_dict_ema"].items()}

@@ -79,8 +79,11 @@ class RunFolder:
             self.say(f"saved {shown(self.last_good)} and sample-{epoch - 1}.png")
 
     def evaluate(self, ema, real, epoch, step, device):
-        """Frechet distance and the like of a few samples of the averaged weights."""
-        if self.active:
+        """Every `eval.every` epochs: Frechet distance and the like of a few samples of the averaged weights.
+
+        real: RealImages, or None in a run without.
+        """
+        if real and epoch % self.config["eval"]["every"] == 0:
             scores = evaluate_model(ema.module, self.config, real, device)
             self.scalars({f"eval/{tag}": value for tag, value in scores.items()}, step)
             self.say(f"epoch {epoch}  " + "  ".join(f"{tag} {value:.3f}" for tag, value in scores.items()))
@@ -121,9 +124,11 @@ def restore(state, path, cfg, model, ema, optimizer, updater):
 
 def resume_command(args, folder):
     """The command that goes on with the run in `folder`."""
-    words = [sys.argv[0], args.config, "-c", str(args.ckpt_freq), "-p", str(args.print_freq)]
+    # a virtual environment's own python, which need not be the one that the shell finds
+    python = shown(sys.executable) if sys.prefix != sys.base_prefix else "python"
+    words = [python, sys.argv[0], args.config, "-c", str(args.ckpt_freq), "-p", str(args.print_freq)]
     words += [x for item in args.set for x in ("--set", item)] + ["--resume", shown(folder)]
-    return f"python {shlex.join(words)}"
+    return shlex.join(words)
 
 
 def describe(config, model, num_images, updates, device, precision, folder):

@@ -7,11 +7,12 @@ import torch
 
 import libs
 from cli import Parser, add_training_flags, run
-from libs.checkpoint import set_aside_later
+from libs.checkpoint import check_data, set_aside_later
 from libs.distributed import World
 from libs.errors import UsageError, shown
 from libs.evaluation import RealImages
 from libs.latents import cached_latents
+from libs.models import check_autoencoder
 from libs.optimizers import build_optimizer
 from libs.seeds import seed_everything, seeded_generator
 from libs.training import (AverageMeter, ModelEMA, Signals, TenthsMeter, Updater, compile_network, learning_rate,
@@ -52,6 +53,9 @@ def main():
                          f"in {data['data_folder']} has {num_classes} classes")
     config["model"]["num_classes"] = num_classes
     model = libs.build_model(config).to(dtype)
+    if args.resume:
+        check_autoencoder(model, state, config, resume_path)
+    world.share(config["loader"]["batch_size"], num_images)
     updates = num_images // min(config["loader"]["batch_size"], num_images)  # an epoch
     total_steps = cfg["epochs"] * updates
     if world.first:
@@ -64,6 +68,8 @@ def main():
     world.one_after_the_other()  # the first may download what the others read
     dataset, _, _ = libs.build_dataset(data["name"], data["split"], data["data_folder"], data["img_size"],
                                        (0, 1) if config["model"]["use_vae"] else (-1, 1), data["limit"])
+    if args.resume:
+        check_data(state, resume_path, updates, data["data_folder"], dataset.classes)
     loader = libs.build_dataloader(dataset, **config["loader"], seed=config["seed"], share=world.share)
     model.to(device, memory_format=memory_format(device))
     dataset.to(device)
@@ -71,8 +77,8 @@ def main():
     measure_data(model, dataset, device, say=say)
     if config["model"]["use_vae"] and data["latent_crops"]:
         loader.dataset = dataset = cached_latents(model, dataset, data, device, say)
-    world.one_after_the_other(done=True)
     real = RealImages(config, device) if config["eval"]["every"] and world.first else None
+    world.one_after_the_other(done=True)
     ema = ModelEMA(model, cfg["ema_decay"])
     optimizer = build_optimizer(model, cfg, device)
     updater = Updater(model, optimizer, precision, cfg["clip_grad_norm"], device)
@@ -80,9 +86,6 @@ def main():
     """4. Resume: everything that the next update depends on"""
     epoch = batch = step = 0
     if args.resume:
-        if state.get("updates_per_epoch", updates) != updates:
-            raise UsageError(f"--resume: {resume_path} has {state['updates_per_epoch']} updates an epoch, the data "
-                             f"in {data['data_folder']} give {updates}")
         step = restore(state, resume_path, cfg, model, ema, optimizer, updater)
         epoch, batch = state["epoch"], state["batch"]
         del state
@@ -101,6 +104,8 @@ def main():
     def save(is_final=False):
         progress = {"epoch": epoch, "batch": batch, "step": step, "updates_per_epoch": updates,
                     "classes": list(dataset.classes)}
+        if model.use_vae:
+            progress["autoencoder"] = model.vae.hashes()
         return out.save(progress, model, ema, optimizer, updater, is_final)
 
     """6. Training"""
@@ -108,7 +113,7 @@ def main():
     loss_meter, norm_meter, tenths = AverageMeter(), AverageMeter(), TenthsMeter(model.timesteps, device)
     clock, clock_step, first_step = time.time(), step, step
     stop = 0
-    while epoch < cfg["epochs"] and not stop:
+    while epoch < cfg["epochs"]:
         for images, labels in loader.epoch(epoch, batch):
             images, labels = images.to(device, dtype, non_blocking=True), labels.to(device, non_blocking=True)
             for group in optimizer.param_groups:
@@ -158,19 +163,20 @@ def main():
             break
         epoch, batch = epoch + 1, 0
 
-        started = time.time()
-        if stop:
+        if stop or epoch == cfg["epochs"]:
             break
-        if epoch < cfg["epochs"] and epoch % args.ckpt_freq == 0:
+        started = time.time()
+        if epoch % args.ckpt_freq == 0:
             save()
             out.sample(model, ema, epoch, step, device)
-        if real and epoch % config["eval"]["every"] == 0:
-            out.evaluate(ema, real, epoch, step, device)
+        out.evaluate(ema, real, epoch, step, device)
         clock += time.time() - started
     stop = stop if epoch < cfg["epochs"] else 0  # at the very end there is nothing left to stop
     path = save(is_final=not stop)
     if not stop:
         out.sample(model, ema, epoch, step, device)
+        if step > first_step and not signals.received:
+            out.evaluate(ema, real, epoch, step, device)
     out.close()
     world.close()
     if stop:

@@ -17,12 +17,13 @@ import torch
 from cli import Parser, add_training_flags, check_output, run
 from libs.autoencoder_training import (WHOLE_FROM, TrainedTAESD, build_optimizer, draw_crops, evaluate, load_images,
                                        load_settings)
-from libs.checkpoint import set_aside_later
+from libs.checkpoint import check_data, set_aside_later
 from libs.classifier import file_hash
 from libs.datasets import describe_dataset
+from libs.distributed import World
 from libs.errors import UsageError, shown
 from libs.folders import find_split
-from libs.images import whole_file
+from libs.files import save_tensors, whole_file
 from libs.pictures import grid, write_png
 from libs.seeds import seed_everything
 from libs.tiny_autoencoder import TAESD
@@ -38,8 +39,20 @@ def parse_args():
     add_training_flags(parser)
     parser.add_argument("--evaluate", nargs=2, metavar=("ENCODER", "DECODER"),
                         help="only measure these weights on the held-out images; --output then names the figures,\n"
-                        "FILE.json, beside which comes a picture")
-    return parser.parse_args()
+                        "FILE.json (default autoencoder.json), beside which comes a picture")
+    args = parser.parse_args()
+    processes = World().size
+    if processes > 1:
+        raise UsageError(f"WORLD_SIZE: {processes} processes, but the autoencoder is trained by one; start it with "
+                         "python, not with torchrun")
+    if args.evaluate:
+        args.output = args.output or "autoencoder.json"
+        if args.dry_run or args.resume:
+            raise UsageError("--evaluate: it only measures, and at once, so leave out "
+                             + ("--resume" if args.resume else "--dry-run"))
+        if not args.output.endswith(".json"):
+            raise UsageError(f"--output: {args.output} must end in .json")
+    return args
 
 
 def report(encoder, decoder, images, data, split, device, path):
@@ -84,7 +97,7 @@ def main():
     _, num_images = describe_dataset(data["name"], "train", data["data_folder"], data["limit"])
     split = held_out_split(data)
     if args.evaluate:
-        path = os.path.splitext(args.output)[0] or "autoencoder"
+        path = args.output.removesuffix(".json")
         for ending in ("json", "png"):
             check_output(f"{path}.{ending}", False)
         return report(*args.evaluate, held_out(data, split), data, split, device, path)
@@ -112,9 +125,7 @@ def main():
     """4. Resume"""
     step = 0
     if args.resume:
-        if state["updates_per_epoch"] != updates:
-            raise UsageError(f"--resume: {resume_path} has {state['updates_per_epoch']} updates an epoch, the data "
-                             f"in {data['data_folder']} give {updates}")
+        check_data(state, resume_path, updates, data["data_folder"])
         step = restore(state, resume_path, cfg, model, ema, optimizer, updater)
         set_aside_later(resume_path)
         print(f"resumed from {shown(resume_path)}: update {step}", flush=True)
@@ -202,7 +213,7 @@ def main():
         files.append(os.path.join(folder, f"{half}.pth"))
         weights = getattr(ema.module.model, half).state_dict()
         with whole_file(files[-1]) as f:
-            torch.save({name: w.half().cpu().contiguous() for name, w in weights.items()}, f)
+            save_tensors({name: w.half().cpu().contiguous() for name, w in weights.items()}, f)
     print(f"done: {shown(files[0])} and decoder.pth, for model.vae_encoder_weights and model.vae_decoder_weights",
           flush=True)
     report(*files, test, data, split, device, os.path.join(folder, "evaluation"))

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import export
 import train
 from helpers import Evil, Place
-from libs import RunError, UsageError, datasets
+from libs import RunError, UsageError, datasets, load_model
 from libs.config import CODE
+from libs.tiny_autoencoder import TAESD, build_decoder
 from cli import run
 
 
@@ -216,6 +218,44 @@ def test_resume_from_a_damaged_checkpoint(place, refused):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     refused([place.config, "--resume", path], path, "damaged")
+
+
+def test_the_latents_of_another_autoencoder(place, refused, monkeypatch):
+    """Neither resumed nor drawn from; a checkpoint that does not say which it was passes."""
+    options, slim = place.autoencoder(), place.root / "slim.pth.tar"
+    model = [f"{key}={value}" for key, value in options.items()]
+    hashes = TAESD(*(options[f"model.vae_{half}_weights"] for half in ("encoder", "decoder"))).hashes()
+    path = place.checkpoint(*model, autoencoder=hashes)
+    monkeypatch.setattr(sys, "argv", ["train.py", str(place.config), "--dry-run", "--resume", str(path),
+                                      *settings(options)])
+    assert not train.main()
+    monkeypatch.setattr(sys, "argv", ["export.py", str(path), str(slim)])
+    export.main()
+    load_model(str(slim))
+    torch.save(build_decoder().state_dict(), place.root / "decoder.pth")
+    message = refused([place.config, "--resume", path, *settings(options)], "model.vae_decoder_weights: ",
+                      "decoder.pth are not those in whose latents", path)
+    assert "encoder" not in message
+    for each in (path, slim):
+        with pytest.raises(UsageError, match="decoder.pth are not those in whose latents"):
+            load_model(str(each))
+    load_model(str(place.checkpoint(*model)))
+
+
+def test_resume_with_other_data(place, refused):
+    refused([place.config, "--resume", place.checkpoint(classes=["cat", "cow"])], "number 1 is cow there and dog in")
+    refused([place.config, "--resume", place.checkpoint(classes=["cat", "dog"], updates_per_epoch=3)],
+            "has 3 updates an epoch", "give 2")
+
+
+# ---- several processes
+
+@pytest.mark.parametrize("size, says", [(2, "loader.batch_size: 2 images cannot be divided among 3 processes"),
+                                        (64, "loader.batch_size: 64 is more than the data set's 4 images, which")])
+def test_a_batch_that_cannot_be_shared(place, refused, monkeypatch, size, says):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(datasets, "read_files", lambda *a: pytest.fail("read before it was checked"))
+    refused([place.config, "--set", f"loader.batch_size={size}"], says)
 
 
 # ---- the run folder

@@ -41,6 +41,19 @@ def test_broken_image_on_disk_is_named_when_it_comes(tmp_path, monkeypatch):
         dataset.batch(torch.arange(4))
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_limit_is_spread_over_the_set_and_reads_nothing_else(tmp_path, monkeypatch, on_disk):
+    root = tree(tmp_path, {"": ["a", "b"]}, per_class=5)
+    everything, decode, read = load(root)[0], folders.decode, []
+    monkeypatch.setattr(folders, "decode", lambda path, size: read.append(path) or decode(path, size))
+    if on_disk:
+        monkeypatch.setattr(folders, "available_memory", lambda: 100)
+    some, chosen = load(root, limit=4)[0], [0, 3, 6, 9]
+    assert torch.equal(some.images[torch.arange(4)], everything.images[chosen]) and len(read) == 4
+    assert torch.equal(some.labels, everything.labels[chosen]) and some.classes == ["a", "b"]
+    assert len(load(root, limit=11)[0]) == 10
+
+
 # ---- views
 
 def test_a_batch_is_cut_out_and_mirrored_as_drawn():

@@ -40,6 +40,30 @@ libs.training.ModelEMA.update = patched
 import train
 cli.run(train.main)
 """
+# the first process takes longer than TIMEOUT: to set up, then in training
+SLOW = """
+import os, sys, time
+from datetime import timedelta
+sys.path.insert(0, os.getcwd())
+import torch
+from libs.distributed import World, lost_peer
+World.TIMEOUT = timedelta(seconds=3)
+child = os.fork()
+os.environ["RANK"] = "0" if child else "1"
+world = World()
+world.connect(torch.device("cpu"))
+world.one_after_the_other()
+if world.first:
+    time.sleep(5)
+world.one_after_the_other(done=True)
+if world.first:
+    time.sleep(5)
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+try:
+    world.agree(1)
+except RuntimeError as error:
+    print("set up, then given up", lost_peer(error))
+"""
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 
 
@@ -102,6 +126,16 @@ def test_a_killed_process_is_an_error_of_the_others(project):
     assert len(lines) == 1 and "another process of this run has ended" in lines[0], said[0][1]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_only_the_set_up_may_take_long():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    done = subprocess.run([sys.executable, "-c", SLOW], cwd=CODE, capture_output=True, text=True, timeout=120,
+                          env=environment(WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=port))
+    assert done.returncode == 0 and done.stdout == "set up, then given up True\n", done.stderr
+
+
 def test_a_batch_that_cannot_be_shared(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "2")
@@ -110,6 +144,7 @@ def test_a_batch_that_cannot_be_shared(monkeypatch):
     with pytest.raises(UsageError) as e:
         world.share(8)
     assert "loader.batch_size: 8" in one_line(e) and "3 processes" in one_line(e)
+    assert world.share(64, 9) == slice(6, 9)
 
 
 def test_one_process_is_the_plain_case(monkeypatch):
@@ -123,5 +158,12 @@ def test_one_process_is_the_plain_case(monkeypatch):
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert World().device_name(["cuda:0"]) == "cuda:1" and World().device_name(["cuda:4", "cuda:6"]) == "cuda:6"
     assert World().device_name(["cpu"]) == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError) as e:
+        World().device_name(["cuda:0"])
+    assert "cuda:1, for process 1 of this machine, is not among its 1 GPU;" in one_line(e)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # left to pick_device, which takes the CPU
+    assert World().device_name(["cuda:0"]) == "cuda:1"

@@ -130,12 +130,18 @@ def test_classes_are_matched_by_name(place, call, known, status):
     assert found == status and (status == 0 or "dog" in err and "cow" in err), err
 
 
-def test_train_evaluates_as_it_goes(place, call):
-    path = place.config
+def test_train_evaluates_as_it_goes(place, call, monkeypatch):
+    path, saved, measure = place.config, [], train.RunFolder.evaluate
+
+    def measure_later(*arguments):
+        saved.append((place.runs / "tiny_x" / "model_final.pth.tar").exists())
+        measure(*arguments)
+    monkeypatch.setattr(train.RunFolder, "evaluate", measure_later)
     status, out, err = call(path, "--output", "x", "--set", "dataset.img_size=32", "--set", "train_cfg.epochs=2",
                             "--set", "eval.every=1", "--set", "eval.num=20", "--set", "eval.features=autoencoder",
                             "--set", f"model.vae_encoder_weights={place.weights}", script=train)
     assert status == 0, err
+    assert saved == [False, True]  # before the last one, which could fail, all is saved
     board = EventAccumulator(str(place.runs / "tiny_x" / "logs")).Reload()
     assert [e.step for e in board.Scalars("eval/fd_train")] == [110, 220]
     assert board.Scalars("eval/fd_floor")[0].value == board.Scalars("eval/fd_floor")[1].value > 0

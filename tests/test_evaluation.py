@@ -7,6 +7,7 @@ from helpers import one_line
 from libs import UsageError
 from libs.evaluation import RealImages, evaluate, labels_like, scalars
 from libs.features import Extractor
+from libs.fid import FeatureStatistics
 from libs.images import ImageSet
 
 
@@ -34,6 +35,7 @@ def real_images(train, test):
     real.extractor, real.train, real.test, real.sets = Corners(), train, test, {"train": train, "test": test}
     real.mirrored = False
     real.features = {split: real.extractor(s.images) for split, s in real.sets.items()}
+    real.statistics = {split: FeatureStatistics(4).update(f) for split, f in real.features.items()}
     return real
 
 

@@ -144,7 +144,7 @@ def test_sizes_that_do_not_fit_the_autoencoder(autoencoder, height, width):
 
 def test_weights_that_are_not_the_encoders(tmp_path, taesd):
     refused("autoencoder: no file .*nowhere.pth; .*download_dataset.sh taesd", load_extractor, "autoencoder",
-            weights="nowhere.pth")
+            weights="taesd_nowhere.pth")
     path, mark = str(tmp_path / "x.pth"), tmp_path / "mark"
     torch.save(taesd[0].decoder.state_dict(), path)
     refused("does not hold the weights", load_extractor, "autoencoder", weights=path)

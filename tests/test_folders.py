@@ -191,6 +191,7 @@ def test_only_images_count_whatever_the_case(tmp_path):
     root = tree(tmp_path, {"": ["a"]}, per_class=2)
     (tmp_path / "a" / "notes.txt").write_text("no image")
     picture(9).save(tmp_path / "a" / "Z.JPG", "JPEG")
+    (tmp_path / "a" / "._0.png").write_bytes(bytes(100))  # what macOS leaves beside 0.png
     assert len(load(root)[0]) == 3
 
 

@@ -12,7 +12,8 @@ from torchvision.utils import save_image
 from helpers import Evil, one_line, picture, tree
 from libs import RunError, UsageError, build_dataset
 from libs.folders import FileImages
-from libs.images import ImageSet, read_images, to_channels, to_uint8, whole_file, write_npz
+from libs.files import whole_file
+from libs.images import ImageSet, read_images, to_channels, to_uint8, write_npz
 
 
 def flat(folder, images, names="{:02d}.png"):
@@ -113,6 +114,8 @@ def test_a_broken_write_leaves_the_old_file(tmp_path):
     one_line(error)
     with pytest.raises(KeyboardInterrupt), whole_file(path) as f:
         raise KeyboardInterrupt
+    with pytest.raises(RuntimeError, match="^a bug"), whole_file(path):  # not the disk's fault
+        raise RuntimeError("a bug")
     assert open(path, "rb").read() == before and os.listdir(tmp_path) == ["x.npz"]
     with pytest.raises(RunError, match="cannot write"):
         write_npz(str(tmp_path / "nowhere" / "x.npz"), noise(2, 1, 4, 4))

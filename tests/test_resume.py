@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
 from PIL import Image
 
-from libs.tiny_autoencoder import build_decoder, build_encoder
+import run_folder
+from libs.tiny_autoencoder import TAESD, build_decoder, build_encoder
 
 CODE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "code")
 UPDATES, EPOCHS = 6, 8  # 48 images in batches of 8
@@ -178,6 +180,24 @@ def test_latents_from_a_cache(project):
     done = train(config, *latent, "-c", "1", "--resume", str(folder))
     assert done.returncode == 0 and "encoding 48 images" in done.stdout, done.stderr
     assert_identical(final_state(project / "logs" / "tiny_whole", 3), final_state(folder, 3))
+    final = torch.load(folder / "model_final.pth.tar", weights_only=True)
+    assert final["autoencoder"] == TAESD(project / "encoder.pth", project / "decoder.pth").hashes()
+
+
+@pytest.mark.parametrize("virtual", [True, False])
+def test_the_command_that_goes_on(tmp_path, monkeypatch, virtual):
+    """With the python of the virtual environment, whose link to another is not followed."""
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "env") if virtual else sys.base_prefix)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.chdir(tmp_path)
+    args = Namespace(config="my run.yaml", ckpt_freq=5, print_freq=100, set=["seed=3"])
+    assert run_folder.resume_command(args, str(tmp_path / "logs")) == (
+        f"{os.path.join('env', 'bin', 'python') if virtual else 'python'} train.py 'my run.yaml' -c 5 -p 100 "
+        "--set seed=3 --resume logs")
 
 
 def test_run_folder(project):
@@ -223,6 +243,6 @@ def test_full_disk_keeps_the_last_checkpoint(project):
                           cwd=CODE, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert "cannot write checkpoint" in last and "epoch_002.pth.tar" in last and "earlier checkpoints are untouched" in last
+    assert "checkpoint: cannot write" in last and "epoch_002.pth.tar" in last and "earlier checkpoints are untouched" in last
     assert (folder / "epoch_001.pth.tar").read_bytes() == before
     assert not list(folder.glob("*.partial")) and not (folder / "epoch_002.pth.tar").exists()

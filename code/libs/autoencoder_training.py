@@ -62,10 +62,7 @@ def load_settings(path, overrides=()):
 def load_images(data, split, limit=None):
     """ImageDataset of a config's `dataset` section: images in [0, 1], whole until its `img_size` is set to less."""
     size = data["img_size"]
-    # build_dataset reads images an eighth larger than what it cuts out; here crops are far smaller than the images
-    dataset = build_dataset(data["name"], split, data["data_folder"], -(-8 * size // 9), (0, 1), limit)[0]
-    dataset.img_size = size
-    return dataset
+    return build_dataset(data["name"], split, data["data_folder"], size, (0, 1), limit, stored_size=size)[0]
 
 
 def draw_crops(dataset, config, step, total_steps, device):

@@ -1,17 +1,20 @@
 """Checkpoints: written whole or not at all, and read without running code.
 
 Keys: `epoch` (finished epochs), `batch` (finished batches of the next one), `step` (finished updates),
-`state_dict`, `state_dict_ema`, `optimizer`, `scaler`, `rng`, `config`. Tensors and plain values only.
+`state_dict`, `state_dict_ema`, `optimizer`, `scaler`, `rng`, `config`, `classes`, and of a model of latents
+`autoencoder`, the hashes of its halves. Tensors and plain values only.
 """
 
 import os
 import pickle
 import re
 import zipfile
+from itertools import zip_longest
 
 import torch
 
 from .errors import RunError, UsageError, reason, shown
+from .files import save_tensors, whole_file
 
 FINAL = "model_final.pth.tar"
 # epoch_009: after the tenth epoch; epoch_009_batch_00042: after 42 batches of it
@@ -43,33 +46,25 @@ def save_checkpoint(state, is_final, file_folder, file_name="checkpoint.pth.tar"
     Whatever happens, the file under that name is whole: the old one or the new one.
     Raises RunError when the disk is full or the folder cannot be written.
     """
-    _write_atomically(state, os.path.join(file_folder, file_name))
+    _write(state, os.path.join(file_folder, file_name))
     if is_final:
         model = {k: v for k, v in state.items() if k not in ("optimizer", "scaler", "rng")}
-        _write_atomically(model, os.path.join(file_folder, FINAL))
+        _write(model, os.path.join(file_folder, FINAL))
 
 
-def _write_atomically(state, path):
-    partial = f"{path}.partial"
+def _write(state, path):
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(partial, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())  # on the disk before it gets its name
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as either
-        if os.path.exists(partial):
-            os.remove(partial)
-        if not isinstance(e, OSError) and isinstance(e.__context__, OSError):
-            e = e.__context__  # "No space left on device", which torch hides behind its own words
-        raise RunError(f"cannot write checkpoint {path}: {reason(e)}; earlier checkpoints are untouched") from None
+        with whole_file(path) as f:
+            save_tensors(state, f)
+    except (OSError, RunError) as e:
+        raise RunError(f"checkpoint: {e}; earlier checkpoints are untouched") from None
 
 
 def remove_old_checkpoints(folder, keep_last):
     """Delete all but the newest `keep_last` checkpoints (None: keep all) and what a killed run left half written."""
     for name in os.listdir(folder):
-        if name.endswith(".pth.tar.partial"):
+        if ".pth.tar." in name and name.endswith(".partial"):
             os.remove(os.path.join(folder, name))
     for path in list_checkpoints(folder)[keep_last:] if keep_last else ():
         os.remove(path)
@@ -167,3 +162,14 @@ def check_resumable(config, state, path):
     for key, value in config["train_cfg"].items():
         if old["train_cfg"].get(key, value) != value:
             print(f"train_cfg.{key}: {old['train_cfg'][key]} until now, {value} from here on")
+
+
+def check_data(state, path, updates, folder, classes=()):
+    """Refuse to go on with other data, of so many updates an epoch and these classes, than the checkpoint's."""
+    there = state.get("updates_per_epoch", updates)
+    if there != updates:
+        raise UsageError(f"--resume: {path} has {there} updates an epoch, the data in {folder} give {updates}")
+    for k, (there, here) in enumerate(zip_longest(state.get("classes", classes), classes)):
+        if there != here:
+            raise UsageError(f"--resume: {path} is of other classes: number {k} is {there} there "
+                             f"and {here} in {folder}")

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets as tv
 
 from .errors import RunError, UsageError, reason, shown
-from .folders import FileImages, load_folder, scan_folder
+from .folders import read_files, scan_folder
 from .mnist import fetch_mnist
 from .seeds import seeded_generator
 
@@ -166,7 +166,7 @@ def _check(name, split):
         raise UsageError(f"dataset.split: unknown {split!r}; it is 'train' or 'test'")
 
 
-def build_dataset(name, split, data_folder, img_size=None, value_range=None, limit=None):
+def build_dataset(name, split, data_folder, img_size=None, value_range=None, limit=None, stored_size=None):
     """Load a data set by name.
 
     Args:
@@ -176,6 +176,7 @@ def build_dataset(name, split, data_folder, img_size=None, value_range=None, lim
         img_size: side of the square images; None keeps the data's own, 128 for photographs.
         value_range: (low, high) of the pixels; None is (-1, 1), or (0, 1) for AFHQ and MiniImageNet.
         limit: at most so many images, spread evenly over the set; None: all.
+        stored_size: side at which photographs are held; None is 9/8 of img_size, so that a random crop has a choice.
 
     Returns:
         (dataset, num_classes, img_shape); items are (image C x H x W float, label int).
@@ -189,18 +190,18 @@ def build_dataset(name, split, data_folder, img_size=None, value_range=None, lim
     if value_range is None:
         value_range = (0.0, 1.0) if name in RANGE_01 else (-1.0, 1.0)
     if name in FOLDERS:
-        size = img_size or KNOWN[name][0][-1]
-        # resized to 9/8, so that a random crop has something to choose from
-        images, labels, classes = load_folder(data_folder, train, size * 9 // 8)
+        images, labels, classes = scan_folder(data_folder, train)  # paths so far
     else:
         images, labels, classes = _load_torchvision(name, train, data_folder)
-        size = img_size or images.shape[-1]
-        if size != images.shape[-1]:
-            images = _resize(images, size)
     if limit and limit < len(labels):
         chosen = torch.linspace(0, len(labels) - 1, limit).long()
-        images = images.subset(chosen) if isinstance(images, FileImages) else images[chosen]
+        images = [images[i] for i in chosen.tolist()] if name in FOLDERS else images[chosen]
         labels = labels[chosen]
+    size = img_size or KNOWN[name][0][-1]
+    if name in FOLDERS:
+        images = read_files(images, stored_size or size * 9 // 8, data_folder)
+    elif size != images.shape[-1]:
+        images = _resize(images, size)
     flip = name in FOLDERS or name == "CIFAR10"  # a mirrored digit or letter is another one
     dataset = ImageDataset(images, labels, classes, size, train, flip, tuple(map(float, value_range)))
     return dataset, len(dataset.classes), dataset.img_shape

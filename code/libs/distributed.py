@@ -6,8 +6,9 @@ Every process computes its share of each batch, and gradients are averaged. What
 its noise levels do not depend on how many processes share it.
 """
 
-import datetime
+import math
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,36 +19,55 @@ from .errors import RunError, UsageError
 class World:
     """This process among those of the run: `rank` of `size`; `first` is the one that speaks and writes."""
 
+    TIMEOUT = timedelta(minutes=30)  # after which a process that says nothing is given up
+    SETUP_TIMEOUT = timedelta(hours=24)  # while the first downloads, encodes, or makes features
+
     def __init__(self):
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank, self.local_rank = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK"))
         self.first = self.rank == 0
 
     def device_name(self, names):
-        """The config's device for this process: the one given to it, or the GPU of its own number."""
+        """The config's device for this process: the one given to it, or the GPU of its own number.
+
+        Raises UsageError where there are GPUs, but not that one: two processes would share another.
+        """
         if self.size == 1 or not names[0].startswith("cuda"):
             return names[0]
-        return names[self.local_rank] if self.local_rank < len(names) else f"cuda:{self.local_rank}"
+        name = names[self.local_rank] if self.local_rank < len(names) else f"cuda:{self.local_rank}"
+        gpus, index = torch.cuda.device_count(), torch.device(name).index or 0
+        if 0 < gpus <= index:
+            raise UsageError(f"devices: {name}, for process {self.local_rank} of this machine, is not among its {gpus} "
+                             f"GPU{'s' * (gpus > 1)}; start that many processes at most (--nproc_per_node)")
+        return name
 
     def connect(self, device):
         """Meet the other processes. Raises RunError where they do not come."""
         if self.size == 1:
             return
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index or 0)  # else NCCL takes some of every process's memory on the first
         try:
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+            dist.init_process_group(backend, timeout=self.TIMEOUT)
+            self.setup = dist.new_group(backend="gloo", timeout=self.SETUP_TIMEOUT)
         except (RuntimeError, ValueError) as e:
             raise RunError(f"process {self.rank} of {self.size} cannot meet the others ({e})") from None
 
     def one_after_the_other(self, done=False):
         """Let the first process go on, and the others when it calls this with `done`."""
         if self.size > 1 and self.first == done:
-            dist.barrier()
+            dist.barrier(self.setup)
 
-    def share(self, n, key="loader.batch_size"):
-        """The slice of a batch of n that is this process's. Raises UsageError where it cannot be divided."""
+    def share(self, batch_size, images=math.inf):
+        """The slice of a batch that is this process's. Raises UsageError where it cannot be divided.
+
+        images: how many the data set has, which are a batch where they are fewer.
+        """
+        n = min(batch_size, images)
         if n % self.size:
-            raise UsageError(f"{key}: {n} images cannot be divided among {self.size} processes")
+            what = f"{n} images" if n == batch_size else f"{batch_size} is more than the data set's {n} images, which"
+            raise UsageError(f"loader.batch_size: {what} cannot be divided among {self.size} processes")
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
     def wrap(self, model, device):
@@ -55,7 +75,8 @@ class World:
         if self.size == 1:
             return model
         return torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
+            find_unused_parameters=True)  # see TransformerBlock: one context token needs no query
 
     def total(self, *tensors):
         """The sums of tensors over all processes, each a new tensor."""

@@ -28,7 +28,8 @@ class RealImages:
         progress: called as progress(number of images) while features are made; not for those from a cache.
         say: gets lines of text.
 
-    Attributes: `train`, `test` (ImageSet, uint8, cut out of the centre), `features` (split -> N x D), `extractor`.
+    Attributes: `train`, `test` (ImageSet, uint8, cut out of the centre), `features` and `statistics` (split -> N x D,
+    FeatureStatistics), `extractor`.
 
     Raises UsageError or RunError where data or extractor cannot be had.
     """
@@ -38,13 +39,15 @@ class RealImages:
         name = name or ("classifier" if data["name"] == "MNIST" else "inception")
         if name == "autoencoder":
             weights = weights or config["model"]["vae_encoder_weights"]
-        self.extractor, self.sets, self.features = load_extractor(name, device, weights), {}, {}
+        self.extractor = load_extractor(name, device, weights)
+        self.sets, self.features, self.statistics = {}, {}, {}
         cache = os.path.join(data["data_folder"], ".features")
         for split in ("train", "test"):
             dataset, _, _ = build_dataset(data["name"], split, data["data_folder"], data["img_size"],
                                           limit=data["limit"] if split == "train" else None)
             images = ImageSet(dataset.images, dataset.labels, dataset.classes, dataset.img_size)
-            _, self.features[split] = real_statistics(self.extractor, images, cache, 200, progress, say)
+            self.statistics[split], self.features[split] = real_statistics(
+                self.extractor, images, cache, 200, progress, say)
             self.sets[split] = images
             self.mirrored = dataset.flip  # so that a model may have learnt mirrored images
         self.train, self.test = self.sets["train"], self.sets["test"]
@@ -77,14 +80,13 @@ def scalars(report):
     return numbers | {"fd_floor": report["floor"]["fd_train"]}
 
 
-def evaluate(generated, real, memorization=True, progress=None):
+def evaluate(generated, real, memorization=True):
     """All numbers of one set of generated images.
 
     Args:
         generated: ImageSet of the real images' shape; with `labels`, if label accuracy is wanted.
         real: RealImages.
         memorization: look for copies of training images too (the slowest part).
-        progress: called as progress(images done) while features are made.
 
     Returns:
         dict of plain values: `n` images of each set were compared with each other; `generated`, `floor` (the test
@@ -101,7 +103,7 @@ def evaluate(generated, real, memorization=True, progress=None):
     n = min(len(generated), len(real.train), len(real.test))
     if n < 2:
         raise UsageError(f"{n} image{'s' * (n != 1)}; a Frechet distance needs at least 2")
-    features = extract_features(extractor, generated.batches(200), progress)
+    features = extract_features(extractor, generated.batches(200))
     chosen = torch.randperm(len(features), generator=seeded_generator("generated"))[:n]  # a folder is sorted by class
     train, test = real.some("train", n), real.some("test", n)
     noise = torch.randint(256, (min(n, NOISE_IMAGES), *shape), dtype=torch.uint8, generator=seeded_generator("noise"))
@@ -113,7 +115,7 @@ def evaluate(generated, real, memorization=True, progress=None):
         "ceiling": _distances(noise, train, test), "ceiling_n": len(noise),
     }
     if len(features) > n:
-        report["fd_train_all"] = frechet_distance(_statistics(features), _statistics(real.features["train"]))
+        report["fd_train_all"] = frechet_distance(_statistics(features), real.statistics["train"])
         report["n_all"] = [len(features), len(real.train)]
     if getattr(extractor, "classes", None) == list(real.train.classes):  # it can read these labels
         for key, rows, labels in (("generated", features, generated.labels),

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from .classifier import WEIGHTS, file_hash, load_classifier
 from .errors import RunError, UsageError, reason, shown
 from .fid import FeatureStatistics
-from .images import to_channels, whole_file
+from .files import save_tensors, whole_file
+from .images import to_channels
 from .tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, build_encoder, load_weights
 
 # the Inception network of Heusel et al. 2017, converted to PyTorch: one file, which two projects publish under two
@@ -225,7 +226,7 @@ def real_statistics(extractor, images, cache_folder, batch_size=50, progress=Non
     try:
         os.makedirs(cache_folder, exist_ok=True)
         with whole_file(path) as f:
-            torch.save({"key": key, "features": features, "statistics": statistics.state_dict()}, f)
+            save_tensors({"key": key, "features": features, "statistics": statistics.state_dict()}, f)
     except (OSError, RunError) as e:
         say(f"features are not kept for the next time: {reason(e)}")
     return statistics, features

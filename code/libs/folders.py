@@ -16,7 +16,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
 def find_split(root, train):
     """The folder that holds the classes: AFHQ v2 has train/ and test/, v1 train/ and val/, a plain tree neither."""
     if not os.path.isdir(root):
-        raise UsageError(f"dataset.data_folder: no folder {root}; `sh download_dataset.sh`, in the project's folder, fetches AFHQ")
+        raise UsageError(f"dataset.data_folder: no folder {root}; `sh download_dataset.sh`, in the project's folder, "
+                         "fetches AFHQ")
     names = ("train",) if train else ("test", "val")
     for name in names:
         if os.path.isdir(os.path.join(root, name)):
@@ -44,7 +45,8 @@ def scan_folder(root, train):
         if name not in classes:
             raise UsageError(f"dataset.data_folder: class {name} in {folder} is none of the training classes "
                              f"({', '.join(classes)})")
-        files = sorted(f for f in os.listdir(os.path.join(folder, name)) if f.lower().endswith(EXTENSIONS))
+        files = sorted(f for f in os.listdir(os.path.join(folder, name)) if f.lower().endswith(EXTENSIONS)
+                       and not f.startswith("."))  # such as ._0001.jpg, which macOS puts beside 0001.jpg
         if not files:
             raise UsageError(f"dataset.data_folder: the class folder {os.path.join(folder, name)} has no images")
         paths += [os.path.join(folder, name, f) for f in files]
@@ -75,10 +77,6 @@ class FileImages:
         self.paths, self.num_workers = paths, num_workers
         self.shape = (len(paths), 3, size, size)
 
-    def subset(self, index):
-        """Those images alone."""
-        return FileImages([self.paths[i] for i in index.tolist()], self.shape[-1], self.num_workers)
-
     def __getitem__(self, index):
         with ThreadPoolExecutor(self.num_workers) as pool:  # Pillow decodes outside the interpreter's lock
             return torch.stack(list(pool.map(lambda i: decode(self.paths[i], self.shape[-1]), index.tolist())))
@@ -96,13 +94,12 @@ def available_memory():
     return 4 * 2 ** 30
 
 
-def load_folder(root, train, size):
-    """(images N x 3 x size x size uint8, labels, class names); in memory when half of it is free for them."""
-    paths, labels, classes = scan_folder(root, train)
+def read_files(paths, size, root):
+    """Images N x 3 x size x size uint8, of the folder `root`; in memory when half of it is free for them."""
     need = len(paths) * 3 * size * size
     if need > available_memory() // 2:
         print(f"{len(paths)} images need {need / 2 ** 30:.1f} GiB of memory: they are read from disk as they come")
-        return FileImages(paths, size), labels, classes
+        return FileImages(paths, size)
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
         decoded = pool.map(lambda path: decode(path, size), paths)
@@ -110,4 +107,4 @@ def load_folder(root, train, size):
                    disable=None, mininterval=0.5)
         for i, image in enumerate(bar):
             images[i] = image
-    return images, labels, classes
+    return images

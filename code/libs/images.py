@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .errors import RunError, UsageError, reason, shown
+from .errors import UsageError, reason, shown
+from .files import whole_file
 from .folders import EXTENSIONS
 
 
@@ -237,24 +238,6 @@ def write_npz(path, images, labels=None):
         arrays["labels"] = torch.as_tensor(labels).cpu().numpy()
     with whole_file(path) as f:
         np.savez(f, **arrays)
-
-
-@contextmanager
-def whole_file(path):
-    """A binary file to write, which gets its name when it is whole. RunError where that is impossible."""
-    partial = f"{path}.{os.getpid()}.partial"
-    try:
-        try:
-            with open(partial, "wb") as f:
-                yield f
-                f.flush()
-                os.fsync(f.fileno())  # on the disk before it gets its name
-            os.replace(partial, path)
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as either
-        raise RunError(f"cannot write {shown(path)}: {reason(e)}") from None
 
 
 def to_channels(images, channels):

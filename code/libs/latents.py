@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from .errors import RunError, shown
 from .folders import available_memory
-from .images import ImageSet, whole_file
+from .files import whole_file
+from .images import ImageSet
 from .seeds import seeded_generator
+from .tiny_autoencoder import weights_hash
 
 BATCH = 32  # images that are encoded at once
 HEAD = 4096  # bytes of a cache before the numbers: what it was made from, as JSON
@@ -72,8 +74,9 @@ def cached_latents(model, dataset, data, device, say=None):
         data: the configuration's section `dataset`, which the data set was built from.
         say: gets lines of text; None: in silence, for all processes but one.
 
-    Returns a LatentDataset. Where the cache cannot be written the latents stay in memory, and that is said.
-    Raises RunError where they fit neither on the disk nor in memory; UsageError for a broken image file.
+    Returns a LatentDataset. Where the folder cannot be written or has too little room the latents stay in memory,
+    and that is said. Raises RunError where they do not fit there either, or the disk fails on the way; UsageError
+    for a broken image file.
     """
     def tell(line):
         if say:
@@ -85,7 +88,7 @@ def cached_latents(model, dataset, data, device, say=None):
     # a slot for each of these settings; what else can change is in the key, and is said when it did
     words = (data["name"], data["split"], data["limit"], dataset.img_size, data["latent_crops"])
     path = os.path.join(folder, "-".join(str(word) for word in words if word) + ".latents")
-    key = {"autoencoder": _encoder_hash(model), "images": [_images_hash(dataset, folder), *shape]}
+    key = {"autoencoder": weights_hash(model.vae.encoder), "images": [_images_hash(dataset, folder), *shape]}
     latents = None
     if os.path.exists(path):
         try:
@@ -96,13 +99,6 @@ def cached_latents(model, dataset, data, device, say=None):
     if latents is None:
         latents = _encode(model, dataset, data["latent_crops"], shape, device, path, key, tell, quiet=not say)
     return LatentDataset(latents, dataset.labels.cpu(), dataset.classes)
-
-
-def _encoder_hash(model):
-    digest = sha256()
-    for name, weight in model.vae.encoder.state_dict().items():
-        digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _images_hash(dataset, folder):

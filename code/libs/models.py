@@ -5,7 +5,7 @@ from .config import complete_config
 from .ddim import DDIM
 from .ddpm import DDPM
 from .edm import EDM
-from .errors import UsageError
+from .errors import UsageError, shown
 from .samplers import OPTIONS, default_steps
 
 MODELS = {"DDPM": DDPM, "DDIM": DDIM, "EDM": EDM}
@@ -43,7 +43,8 @@ def sampling_options(config, **given):
 def load_model(path, ema=True):
     """The trained model in a checkpoint of train.py, in eval mode on the CPU, and its configuration.
 
-    ema: take the averaged weights. Raises UsageError for a file that is no such checkpoint.
+    ema: take the averaged weights. Raises UsageError for a file that is no such checkpoint, or whose autoencoder is not
+    the one that its configuration finds.
     """
     return model_from(load_checkpoint(path), path, ema)
 
@@ -52,11 +53,25 @@ def model_from(state, path, ema=True):
     """`load_model` for the `state` that was read from `path`."""
     config = complete_config(state["config"])
     model = build_model(config)
+    check_autoencoder(model, state, config, path)
     key = "state_dict_ema" if ema else "state_dict"
     if key not in state:  # export.py keeps the averaged weights alone
         raise UsageError(f"checkpoint {path} has no {key}")
     load_weights(model, state[key], path)
     return model.eval(), config
+
+
+def check_autoencoder(model, state, config, path):
+    """UsageError unless the autoencoder of `config` is that of the checkpoint `path`, as far as its `state` says."""
+    if not model.use_vae:
+        return
+    here = model.vae.hashes()
+    differ = [f"model.vae_{half}_weights" for half, digest in state.get("autoencoder", here).items()
+              if digest != here[half]]
+    if differ:
+        files = ", ".join(shown(config["model"][key.removeprefix("model.")]) for key in differ)
+        raise UsageError(f"{', '.join(differ)}: the weights in {files} are not those in whose latents {path} was "
+                         "trained; give its own")
 
 
 def load_weights(model, state_dict, path):

@@ -8,7 +8,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from .errors import RunError, reason, shown
-from .images import whole_file
+from .files import whole_file
 
 CAPTION = 20  # pixels
 

@@ -4,6 +4,7 @@ The modules' names are those of the official weight files. Images in [0, 1], lat
 """
 
 import os
+from hashlib import sha256
 
 import torch
 from torch import nn
@@ -61,7 +62,10 @@ def load_weights(module, path, key):
     Raises UsageError when the file is missing, is no plain state dict, or is another network's.
     """
     if not os.path.isfile(path):
-        raise UsageError(f"{key}: no file {path}; `sh download_dataset.sh taesd`, in the project's folder, fetches TAESD's weights")
+        raise UsageError(f"{key}: no file {path}; " + (
+            "`sh download_dataset.sh taesd`, in the project's folder, fetches TAESD's weights"
+            if os.path.basename(path).startswith("taesd_") else
+            "`python ./train_autoencoder.py ./configs/afhq_autoencoder.yaml` makes one"))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises almost anything on a file that is something else
@@ -71,6 +75,14 @@ def load_weights(module, path, key):
             getattr(state[k], "shape", None) != v.shape for k, v in own.items()):
         raise UsageError(f"{key}: {path} does not hold the weights of this part of TAESD")
     module.load_state_dict(state)
+
+
+def weights_hash(module):
+    """SHA-256, in hex, of a network's weights in fp32: the same whatever file, precision or device they came from."""
+    digest = sha256()
+    for name, weight in module.state_dict().items():
+        digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class TAESD(nn.Module):
@@ -87,6 +99,10 @@ class TAESD(nn.Module):
         if decoder_path is not None:
             load_weights(self.decoder, decoder_path, "model.vae_decoder_weights")
         self.requires_grad_(False).eval()
+
+    def hashes(self):
+        """{"encoder": its weights_hash, "decoder": the other's}: whose latents a diffusion model learns."""
+        return {"encoder": weights_hash(self.encoder), "decoder": weights_hash(self.decoder)}
 
     @staticmethod
     def latent_shape(img_shape):
