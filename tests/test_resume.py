@@ -161,15 +161,17 @@ def test_ctrl_c_in_the_middle_of_an_epoch(project):
     assert_identical(final_state(project / "logs" / "tiny_whole"), final_state(folder))
 
 
-def test_latents_from_a_cache(project):
-    """Whether a run found its latents or made them anew: the same bits."""
+def test_every_option_at_once_and_latents_from_a_cache(project):
+    """Half precision, Muon, accumulation, a stochastic sampler, latents found or made anew: the same bits."""
     torch.manual_seed(0)
     torch.save(build_encoder().state_dict(), project / "encoder.pth")
     torch.save(build_decoder().state_dict(), project / "decoder.pth")
     config = write_config(project, "EDM")
     latent = [word for setting in ("model.use_vae=true", f"model.vae_encoder_weights={project / 'encoder.pth'}",
-                                   f"model.vae_decoder_weights={project / 'decoder.pth'}", "train_cfg.epochs=3")
-              for word in ("--set", setting)]
+                                   f"model.vae_decoder_weights={project / 'decoder.pth'}", "train_cfg.epochs=3",
+                                   "dtype=bf16", "train_cfg.optimizer=muon", "train_cfg.accumulate=2",
+                                   "model.label_in_time=true", "model.zero_init=true", "sample_cfg.sampler=dpmpp_2m",
+                                   "sample_cfg.eta=0.5") for word in ("--set", setting)]
     done = train(config, *latent, "-c", "1", "--output", "whole")
     assert done.returncode == 0 and "encoding 48 images, 8 views each" in done.stdout, done.stderr
     folder, cache = project / "logs" / "tiny_broken", project / "data" / ".latents"
@@ -180,6 +182,8 @@ def test_latents_from_a_cache(project):
     done = train(config, *latent, "-c", "1", "--resume", str(folder))
     assert done.returncode == 0 and "encoding 48 images" in done.stdout, done.stderr
     assert_identical(final_state(project / "logs" / "tiny_whole", 3), final_state(folder, 3))
+    grids = [(project / "logs" / run / "sample-2.png").read_bytes() for run in ("tiny_whole", "tiny_broken")]
+    assert grids[0] == grids[1]
     final = torch.load(folder / "model_final.pth.tar", weights_only=True)
     assert final["autoencoder"] == TAESD(project / "encoder.pth", project / "decoder.pth").hashes()
 
