@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from cli import Parser, check_output, run
 from libs.errors import UsageError
-from libs.images import whole_file
+from libs.files import save_tensors, whole_file
 from libs.seeds import seeded_generator
 from libs.stable_diffusion.checkpoint import AUTOENCODER, TEXT, UNET, build_parts, expected_shapes
 from libs.stable_diffusion.config import load_config
@@ -63,7 +63,7 @@ def write(path, dtype=torch.float32, seed=0, model=None):
         else:
             state = {name: make(name) for name in specs}
             with whole_file(path) as f:
-                torch.save({"state_dict": state}, f)
+                save_tensors({"state_dict": state}, f)
 
 
 def main():

@@ -9,22 +9,21 @@ python ./txt2img.py ./configs/sd15.yaml --ckpt v1-5-pruned-emaonly.safetensors \
 import os
 import time
 
-import torch
 from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from cli import Parser, check_output, positive, run
 from libs.errors import UsageError, shown
-from libs.images import to_uint8, whole_file
+from libs.files import whole_file
+from libs.images import to_uint8
 from libs.stable_diffusion import load_checkpoint, seeded
 from libs.stable_diffusion.checkpoint import build_parts, weight_bytes
 from libs.stable_diffusion.config import load_config
 from libs.stable_diffusion.memory import PeakMemory, check_memory, drawing_bytes
-from libs.stable_diffusion.model import check_size
+from libs.stable_diffusion.model import DTYPES, check_size, load_taesd
 from libs.training import peak_memory, pick_device
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BAR = "{percentage:3.0f} %|{bar}| {elapsed}, {remaining} left"
 
 
@@ -117,6 +116,8 @@ def main():
     check_size(height, width)
     jobs = [(prompt, args.seed + k) for prompt in read_prompts(args) for k in range(args.num)]
     names = file_names(args.output, len(jobs), args.overwrite)
+    if args.vae == "taesd":
+        load_taesd(config["taesd_decoder"])  # 5 MB, of which mistakes are said before the model is loaded
     device = pick_device(config["devices"])
     auto = "fp16" if device.type == "cuda" else "fp32"
     dtype_name = auto if config["dtype"] == "auto" else config["dtype"]
@@ -144,7 +145,7 @@ def main():
     # 3. draw, and write every batch when it is ready
     about = {"negative_prompt": way["negative_prompt"], "sampler": plan.sampler, "steps": plan.steps,
              "guidance_scale": plan.guidance_scale, "size": f"{width}x{height}",
-             "checkpoint": os.path.basename(args.ckpt), "dtype": dtype_name, "vae": args.vae}
+             "checkpoint": os.path.basename(args.ckpt), "weights": sd.weights, "dtype": dtype_name, "vae": args.vae}
     started = time.time()
     with PeakMemory() as memory, tqdm(total=len(jobs) * plan.steps, bar_format=BAR, disable=None) as bar:
         for first in range(0, len(jobs), args.batch_size):

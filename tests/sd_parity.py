@@ -1,11 +1,14 @@
-"""Stable Diffusion beside diffusers and transformers, on random weights. As a script: at the true size.
+"""Stable Diffusion beside diffusers and transformers, on random weights. As a script, in code/: at the true size.
 
-python tests/sd_parity.py random.safetensors [--size 256]        the file is made by code/random_sd_checkpoint.py
+python ../tests/sd_parity.py random.safetensors [--size 256]     the file is made by ./random_sd_checkpoint.py
+
+It needs requirements-extra.txt, and ends with status 1 where a number is outside its limits.
 
 The other side is theirs from end to end: their classes, weights through diffusers' own conversion of the keys, their
 schedulers; only the guidance between two calls is written here."""
 
-import argparse
+import importlib.util
+import math
 import os
 import sys
 import time
@@ -15,11 +18,14 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "code"))
 
 import random_sd_checkpoint  # noqa: E402
+from cli import Parser, positive, run  # noqa: E402
+from libs.errors import RunError, UsageError  # noqa: E402
 from libs.images import to_uint8  # noqa: E402
 from libs.stable_diffusion import load_checkpoint, seeded  # noqa: E402
 from libs.stable_diffusion.autoencoder import LATENT_SCALE  # noqa: E402
-from libs.stable_diffusion.config import DEFAULTS  # noqa: E402
+from libs.stable_diffusion.config import DEFAULTS, load_config  # noqa: E402
 from libs.stable_diffusion.files import read_tensors  # noqa: E402
+from libs.stable_diffusion.model import check_size  # noqa: E402
 
 BETAS = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 # what StableDiffusion's samplers are compared with
@@ -136,44 +142,75 @@ def levels(a, b):
     return difference.max().item(), difference.mean().item()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("--size", type=int, default=256, help="pixels of the pictures (default 256)")
-    parser.add_argument("--steps", type=int, default=20)
-    args = parser.parse_args()
-    started = time.time()
+class Report:
+    """Says each number; `end` fails where one was outside its limits."""
 
-    def say(*words):
-        print(f"{time.time() - started:4.0f} s ", *words, flush=True)
+    def __init__(self):
+        self.started, self.numbers, self.wrong = time.time(), 0, []
 
-    sd, theirs = load_checkpoint(args.checkpoint), Theirs(args.checkpoint)
+    def say(self, text):
+        print(f"{time.time() - self.started:4.0f} s  {text}", flush=True)
+
+    def __call__(self, what, value, at_least=0.0, at_most=math.inf):
+        self.numbers += 1
+        limit = f"at most {at_most:g}" if at_most < math.inf else f"at least {at_least:g}"
+        right = at_least <= value <= at_most  # not so for nan
+        self.say(f"{what}: {value:.3g} ({limit}){'' if right else '  WRONG'}")
+        if not right:
+            self.wrong.append(f"{what} is {value:.3g}, not {limit}")
+
+    def end(self):
+        if self.wrong:
+            raise RunError("; ".join(self.wrong))
+        self.say(f"all {self.numbers} numbers are within their limits")
+
+
+def compare(sd, theirs, size, steps, report):
+    """The networks, then whole pictures of size x size pixels."""
     for name, part in (("UNet", sd.unet), ("autoencoder", sd.autoencoder), ("text encoder", sd.text_encoder)):
-        say(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
+        report.say(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
     prompts = ["a photograph of an astronaut riding a horse", "two cats on a red sofa, oil painting"]
-    ids = sd.tokenizer(prompts)
-    say("text encoder: relative difference", f"{relative(sd.encode_text(prompts), theirs.encode_text(ids)):.1e}")
-    n = args.size // 8
-    noise = seeded([0, 1])(0, (2, 4, n, n))
+    ids, noise = sd.tokenizer(prompts), seeded([0, 1])(0, (2, 4, size // 8, size // 8))
     with torch.no_grad():
         t, context = torch.tensor([981, 7]), sd.encode_text(prompts)
-        say("UNet:", f"{relative(sd.unet(noise, t, context), theirs.unet(noise, t, context).sample):.1e}")
-        images = seeded([2])(0, (1, 3, args.size, args.size)).tanh()
-        say("encoder:", f"{relative(sd.autoencoder.encode(images), theirs.encode(images)):.1e}")
-        say("decoder:", f"{relative(sd.autoencoder.decode(noise[:1]), theirs.decode(noise[:1])):.1e}")
+        images = seeded([2])(0, (1, 3, size, size)).tanh()
+        for name, ours, other in (
+                ("text encoder", lambda: context, lambda: theirs.encode_text(ids)),
+                ("UNet", lambda: sd.unet(noise, t, context), lambda: theirs.unet(noise, t, context).sample),
+                ("encoder", lambda: sd.autoencoder.encode(images), lambda: theirs.encode(images)),
+                ("decoder", lambda: sd.autoencoder.decode(noise[:1]), lambda: theirs.decode(noise[:1]))):
+            report(f"{name}, largest difference in units of the largest value", relative(ours(), other()), at_most=1e-4)
 
-    size, noise = dict(height=args.size, width=args.size), noise[:1]
-    drawn = {}
+    options = dict(steps=steps, noise=noise[:1], height=size, width=size)
     for sampler in ("ddim", "dpmpp_2m"):
-        ours = drawn[sampler] = sd.sample(prompts[:1], "blurry", sampler=sampler, steps=args.steps, noise=noise, **size)
-        other = theirs.sample(ids[:1], sd.tokenizer(["blurry"]), noise, sampler, args.steps, 7.5)
-        say(f"{sampler}, {args.steps} steps, guidance 7.5: largest difference {levels(ours, other)[0]:.0f} grey "
-            f"levels of 255; standard deviation of the picture {255 * ours.std():.1f}")
-    for what, prompt, guidance_scale in (("another prompt", prompts[1], 7.5), ("guidance 1", prompts[0], 1.0)):
-        other = sd.sample([prompt], "blurry", sampler="dpmpp_2m", steps=args.steps, noise=noise,
-                          guidance_scale=guidance_scale, **size)
-        say(f"{what}: moves the picture by {levels(drawn['dpmpp_2m'], other)[1]:.1f} levels on average")
+        def draw(prompt=prompts[0], guidance_scale=7.5):
+            return sd.sample(prompt, "blurry", sampler=sampler, guidance_scale=guidance_scale, **options)
+
+        ours = draw()
+        other = theirs.sample(ids[:1], sd.tokenizer("blurry"), noise[:1], sampler, steps, 7.5)
+        report(f"{sampler}, {steps} steps, guidance 7.5: largest difference in grey levels", levels(ours, other)[0],
+               at_most=1)
+        report(f"{sampler}: standard deviation of the picture", 255 * ours.std().item(), at_least=20)
+        report(f"{sampler}: another prompt moves it, on average, by", levels(ours, draw(prompts[1]))[1], at_least=5)
+        report(f"{sampler}: no guidance moves it by", levels(ours, draw(guidance_scale=1.0))[1], at_least=5)
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--size", type=positive, default=256, help="pixels of the pictures (default 256)")
+    parser.add_argument("--steps", type=positive, default=20)
+    parser.add_argument("--config", default=None, help="a config of txt2img.py with other sizes")
+    args = parser.parse_args()
+    check_size(args.size, args.size)
+    for package in ("diffusers", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"{package} is not here; `pip install -r requirements-extra.txt` fetches it")
+    model = load_config(args.config)["model"] if args.config else DEFAULTS["model"]
+    report, sd = Report(), load_checkpoint(args.checkpoint, model=model)
+    compare(sd, Theirs(args.checkpoint, model), args.size, args.steps, report)
+    report.end()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

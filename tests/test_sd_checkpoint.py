@@ -1,5 +1,6 @@
 """Files of Stable Diffusion: what loads, what is refused, and how that is said."""
 
+import _compat_pickle
 import json
 import os
 import struct
@@ -14,7 +15,7 @@ from helpers import Evil, one_line
 from libs.errors import UsageError
 from libs.stable_diffusion import checkpoint, load_checkpoint, memory
 from libs.stable_diffusion.checkpoint import AUTOENCODER, TEXT, UNET
-from libs.stable_diffusion.files import read_tensors, write_safetensors
+from libs.stable_diffusion.files import aligned, read_tensors, write_safetensors
 from random_sd_checkpoint import layout, random_tensor
 from sd_parity import SMALL, small_checkpoint
 
@@ -102,15 +103,22 @@ def test_averaged_or_plain_weights(tmp_path, tensors):
         assert torch.equal(value, tensors[UNET + name])
         assert torch.equal(averaged.unet.state_dict()[name], value + 1)
     assert torch.equal(averaged.autoencoder.quant_conv.weight, plain.autoencoder.quant_conv.weight)
+    assert (averaged.weights, plain.weights) == ("ema", "plain")
     assert averaged.summary.startswith("averaged weights taken")
     assert "2 tensors of the weights' average" in averaged.summary
+    assert "686 tensors of plain weights, as the averaged ones are taken" in averaged.summary
     assert plain.summary.startswith("ignored: ") and "688 tensors of the weights' average" in plain.summary
+    # the average alone
+    alone = load(save(tmp_path / "ema.ckpt", averages | {k: v for k, v in tensors.items() if not k.startswith(UNET)}))
+    for name, value in alone.unet.state_dict().items():
+        assert torch.equal(value, tensors[UNET + name] + 1)
+    assert alone.weights == "ema" and "plain" not in alone.summary
     # an average that lacks one
     name = "model_ema.diffusion_modelout2weight"
     del averages[name]
     half = load(save(tmp_path / "half.ckpt", tensors | averages), ema=False)
     assert torch.equal(half.unet.out[2].weight, tensors[UNET + "out.2.weight"])
-    assert name in refused(tmp_path / "half.ckpt")
+    assert f"of the averaged weights 1 tensor is missing ({name}); take" in refused(tmp_path / "half.ckpt")
 
 
 def test_names_of_some_fine_tuned_files(tmp_path, tensors):
@@ -122,7 +130,8 @@ def test_names_of_some_fine_tuned_files(tmp_path, tensors):
     assert "11 tensors of the noise schedule" in sd.summary and "1 tensor of the autoencoder's loss" in sd.summary
 
 
-def test_what_lightning_wrote(tmp_path, tensors, monkeypatch):
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])  # before NumPy 2, and since
+def test_what_lightning_wrote(tmp_path, tensors, monkeypatch, module):
     """Its callbacks by their class, with NumPy's numbers, beside the weights; Lightning is not here when it is read."""
     names = ["pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint",
              "pytorch_lightning.utilities", "pytorch_lightning.utilities.parsing"]
@@ -137,8 +146,11 @@ def test_what_lightning_wrote(tmp_path, tensors, monkeypatch):
     callback, settings = made("ModelCheckpoint", names[2]), made("AttributeDict", names[4], dict)
     path, instance = tmp_path / "old.ckpt", callback()
     instance.best = np.float64(0.5)
+    # how pickle gives what it writes for older readers their names
+    monkeypatch.setitem(_compat_pickle.REVERSE_IMPORT_MAPPING, np.float32(1).__reduce__()[0].__module__, module)
     torch.save({"epoch": 1, "callbacks": {callback: {"best_model_score": np.float32(1), "it": instance}},
                 "hyper_parameters": settings(lr=1e-4), "state_dict": tensors}, path)
+    assert f"{module}\nscalar\n".encode() in path.read_bytes()
     for name in names:
         monkeypatch.delitem(sys.modules, name)
     assert torch.equal(load(path).unet.out[2].weight, tensors[UNET + "out.2.weight"])
@@ -168,7 +180,23 @@ def test_a_header_of_any_length(tmp_path):
         text = header + b" " * spaces
         path = tmp_path / f"{spaces}.safetensors"
         path.write_bytes(struct.pack("<Q", len(text)) + text + struct.pack("<2f", 1.5, -2))
-        assert read_tensors(str(path))["a"].tolist() == [1.5, -2]
+        a = aligned(read_tensors(str(path))["a"])
+        assert a.tolist() == [1.5, -2] and a.data_ptr() % 4 == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_file_that_is_not_aligned(tmp_path, dtype):
+    path, askew = small_checkpoint(tmp_path, dtype=dtype), str(tmp_path / "askew.safetensors")
+    with open(path, "rb") as f, open(askew, "wb") as g:  # a header one byte longer
+        length = int.from_bytes(f.read(8), "little")
+        g.write((length + 1).to_bytes(8, "little") + f.read(length) + b" " + f.read())
+    read = read_tensors(askew)  # copies nothing, so that another model's file is refused first
+    ranges = [[int(x, 16) for x in line.split()[0].split("-")] for line in open("/proc/self/maps") if askew in line]
+    assert all(any(lo <= t.data_ptr() < hi for lo, hi in ranges) for t in read.values())
+    straight, copy = (weights(load(p, dtype=torch.float32)) for p in (path, askew))
+    for name, value in straight.items():
+        assert torch.equal(value, copy[name]) and copy[name].data_ptr() % 4 == 0, name
 
 
 # ---- what is refused
@@ -213,11 +241,18 @@ def test_missing_unexpected_and_misshapen_tensors(tmp_path, tensors):
     wrong[UNET + "out.2.bias"] = torch.zeros(4, dtype=torch.int8)
     message = refused(save(tmp_path / "a.safetensors", wrong))
     gone = [name for name in tensors if "output_blocks.0." in name]
-    assert f"{len(gone)} missing (" in message and ", ...)" in message
+    assert "a.safetensors is not of Stable Diffusion 1.x: " in message
+    assert f"{len(gone)} tensors are missing (" in message and ", ...)" in message
     assert all(name in message for name in gone[:5]) and gone[5] not in message
-    assert "1 unexpected (model.diffusion_model.extra)" in message
-    assert f"1 of another shape ({STEM} [32, 4, 1, 1] instead of [32, 4, 3, 3])" in message
+    assert "1 tensor is unexpected (model.diffusion_model.extra)" in message
+    assert f"1 tensor is of another shape ({STEM} [32, 4, 1, 1] instead of [32, 4, 3, 3])" in message
     assert "out.2.bias torch.int8" in message
+    # one that has all, and more
+    more = {**tensors, "model.diffusion_model.extra": torch.zeros(1)}
+    message = refused(save(tmp_path / "c.safetensors", more))
+    assert "has all tensors of Stable Diffusion 1.x, but 1 tensor is unexpected (model.diff" in message
+    message = refused(save(tmp_path / "c.safetensors", more | {"other": torch.zeros(1)}))
+    assert "but 2 tensors are unexpected (model.diffusion_model.extra, other)" in message
     # the true model wants other shapes than the small one has
     with pytest.raises(UsageError) as error:
         load_checkpoint(save(tmp_path / "b.safetensors", tensors))
@@ -230,6 +265,15 @@ def test_missing_unexpected_and_misshapen_tensors(tmp_path, tensors):
     ("model.diffusion_model.joint_blocks.0.x", [1], "Stable Diffusion 3"),
     ("lora_unet_down_blocks_0_attentions_0.lora_up.weight", [1], "a LoRA"),
     ("unet.down_blocks.0.attentions.0.to_k.lora_A.weight", [1], "a LoRA"),
+    ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight", [1], "a LoRA"),
+    ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight", [1], "a LoRA"),
+    ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora.down.weight", [1], "a LoRA"),
+    ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight", [1], "a LoRA"),
+    ("lycoris_unet_down_blocks_0_attentions_0_proj_in.hada_w1_a", [1], "a LoRA"),
+    ("down_blocks_0_attentions_0_proj_in.lokr_w1", [1], "a LoRA"),
+    ("unet.down_blocks.0.resnets.0.conv1.weight", [1], "whose tensors have diffusers' names"),
+    ("vae.encoder.down_blocks.0.resnets.0.conv1.weight", [1], "whose tensors have diffusers' names"),
+    ("model.diffusion_model.label_emb.0.0.weight", [1], "Stable Diffusion XL"),
     ("down_blocks.0.resnets.0.conv1.weight", [1], "diffusers' folder layout"),
     ("text_model.encoder.layers.0.self_attn.k_proj.weight", [1], "a text encoder alone"),
     ("decoder.mid.block_1.conv1.weight", [1], "an autoencoder alone"),
@@ -242,6 +286,11 @@ def test_missing_unexpected_and_misshapen_tensors(tmp_path, tensors):
 def test_other_families_are_named(tmp_path, name, shape, says):
     message = refused(save(tmp_path / "a.safetensors", {name: torch.zeros(shape)}))
     assert says in message and "this is for Stable Diffusion 1.1 to 1.5" in message
+
+
+def test_2_x_with_labels_is_no_xl(tmp_path):
+    names = "cond_stage_model.model.transformer.x", "model.diffusion_model.label_emb.0.0.weight"
+    assert "Stable Diffusion 2.x" in refused(save(tmp_path / "a.safetensors", {n: torch.zeros(1) for n in names}))
 
 
 def test_the_real_names_are_of_no_other_family(tensors):

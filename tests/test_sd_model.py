@@ -3,18 +3,24 @@ transformers."""
 
 import os
 import re
+import sys
 from hashlib import sha256
 
 import pytest
 import torch
+import yaml
 
+import sd_parity
+from cli import run
 from helpers import one_line
 from libs.errors import UsageError
-from libs.stable_diffusion import load_checkpoint
+from libs.stable_diffusion import StableDiffusion, load_checkpoint
 from libs.stable_diffusion.autoencoder import AutoencoderKL
 from libs.stable_diffusion.checkpoint import IGNORED, UNET, build_parts, expected_shapes
 from libs.stable_diffusion.model import check_size
 from sd_parity import SMALL, Theirs, relative, small_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers'
 
 # of the sorted lines "name [n,n,...]" of all weights in a file like v1-5-pruned-emaonly
 DIGEST = "8635a19d3b3c944617b26104c47833e0fe2ff2e72ccc4887d6ac9922bea4bff1"
@@ -109,6 +115,63 @@ def test_text_encoder(pair):
     assert relative(out, theirs.encode_text(ours.tokenizer(prompts))) < 1e-5
     # a token sees what comes before it alone
     assert torch.equal(out[1, :3], out[2, :3]) and not torch.allclose(out[1, 3], out[2, 3])
+
+
+# ---- the script that does all of it at the true size
+
+@pytest.fixture
+def parity(tmp_path, monkeypatch, capsys):
+    """parity(flags): run it on a small model; returns (status, what it printed, its error)."""
+    for package in ("diffusers", "transformers", "open_clip"):
+        pytest.importorskip(package)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({"model": SMALL}))
+    path = small_checkpoint(tmp_path)
+
+    def parity(*flags):
+        small = ["--config", str(tmp_path / "small.yaml"), "--size", "64", "--steps", "5"]
+        monkeypatch.setattr(sys, "argv", ["sd_parity.py", path, *small, *flags])
+        with pytest.raises(SystemExit) as end:
+            run(sd_parity.main)
+        return end.value.code, *capsys.readouterr()
+    return parity
+
+
+def test_parity_script(parity):
+    status, said, error = parity()
+    assert not status and not error and "all 12 numbers are within their limits" in said
+
+
+def scaled(name, factor):
+    """In place of a function of Theirs: its result times a factor."""
+    plain = getattr(Theirs, name)
+    return lambda *args, **options: factor * plain(*args, **options)
+
+
+@pytest.mark.parametrize("name, factor, says", [
+    ("encode_text", 1.001, "text encoder, largest"), ("encode", float("nan"), "encoder, largest"),
+    ("decode", 1.001, "decoder, largest"), ("sample", 0.98, "ddim, 5 steps, guidance 7.5: largest"),
+    ("sample", 0.98, "dpmpp_2m, 5 steps, guidance 7.5: largest")])
+def test_parity_script_fails_where_a_number_is_wrong(parity, monkeypatch, name, factor, says):
+    monkeypatch.setattr(Theirs, name, scaled(name, factor))
+    status, said, error = parity()
+    assert status == 1 and says in error and error.count("\n") == 1 and "WRONG" in said and "all 12" not in said
+
+
+def test_parity_script_fails_on_flat_pictures(parity, monkeypatch):
+    for kind in (StableDiffusion, Theirs):
+        monkeypatch.setattr(kind, "sample", lambda *args, **options: torch.full((1, 3, 64, 64), 0.5))
+    status, _, error = parity()
+    assert status == 1
+    for sampler in ("ddim", "dpmpp_2m"):
+        for says in ("standard deviation of the picture is 0, not", "another prompt moves it", "no guidance moves it"):
+            assert f"{sampler}: {says}" in error
+
+
+def test_parity_script_mistakes(parity, monkeypatch):
+    assert parity("--size", "100")[0] == 2
+    monkeypatch.setattr(sd_parity.importlib.util, "find_spec", lambda name: None)
+    status, _, error = parity()
+    assert status == 2 and "diffusers is not here; `pip install -r requirements-extra.txt`" in error
 
 
 @pytest.mark.parametrize("height, width, says", [

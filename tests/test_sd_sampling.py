@@ -1,10 +1,12 @@
 """From noise to a picture by Stable Diffusion: a small one beside diffusers' schedulers, guidance, seeds, sizes."""
 
+import re
+
 import pytest
 import torch
 
 from helpers import one_line
-from libs.errors import UsageError
+from libs.errors import RunError, UsageError
 from libs.samplers import image_generator
 from libs.stable_diffusion import load_checkpoint, seeded
 from libs.tiny_autoencoder import TAESD
@@ -98,7 +100,7 @@ def test_prompt_negative_prompt_and_scale_matter(sd):
 @pytest.mark.parametrize("options", [dict(sampler="dpmpp_2m"), dict(sampler="euler_ancestral"),
                                      dict(sampler="ddim", eta=1.0)])
 def test_a_picture_depends_on_its_seed_not_on_its_batch(sd, options):
-    options = dict(steps=4, **SIZE, **options)
+    options = dict(steps=5, **SIZE, **options)
     batch = sd.sample(["a cat", "a dog", "a cat"], generator=seeded([3, 4, 5]), **options)
     alone = sd.sample(["a dog"], generator=seeded([4]), **options)
     assert levels(batch[1:2], alone)[0] <= 1 and levels(batch[:1], batch[2:])[1] > 5
@@ -110,12 +112,29 @@ def test_sizes(sd, height, width):
     assert sd.sample(["a cat"], height=height, width=width, steps=2).shape == (1, 3, height, width)
 
 
-def test_half_precision_draws_nearly_the_same(path, sd):
-    half = load_checkpoint(path, torch.bfloat16, model=SMALL)
-    assert half.dtype == torch.bfloat16 and half.autoencoder.dtype == torch.float32
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_draws_nearly_the_same(path, sd, dtype):
+    half = load_checkpoint(path, dtype, model=SMALL)
+    assert half.dtype == dtype and half.autoencoder.dtype == torch.float32
     noise, options = torch.randn(1, 4, 16, 16), dict(steps=4, guidance_scale=2.0, **SIZE)
     a, b = (model.sample(["a cat"], noise=noise, **options) for model in (sd, half))
-    assert a.dtype == b.dtype == torch.float32 and levels(a, b)[1] < 10
+    assert a.dtype == b.dtype == torch.float32 and 0 < levels(a, b)[1] < {torch.float16: 1, torch.bfloat16: 10}[dtype]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype, says", [(torch.float16, "in fp16 gave values that are not finite"),
+                                         (torch.bfloat16, "try --dtype fp32"), (torch.float32, "guidance scale")])
+def test_pictures_that_are_not_finite(path, dtype, says, bad):
+    sd = load_checkpoint(path, dtype, model=SMALL)
+    sd.unet.forward = lambda x, t, context: torch.full_like(x, bad)
+    for sampler in ("dpmpp_2m", "ddim"):
+        with pytest.raises(RunError) as error:
+            sd.sample("a cat", sampler=sampler, steps=5, **SIZE)
+        assert says in one_line(error)
+    del sd.unet.forward
+    sd.autoencoder.decode = lambda z: torch.full((1, 3, 128, 128), float("nan"))
+    with pytest.raises(RunError):
+        sd.sample("a cat", steps=1, **SIZE)
 
 
 def test_decoding_by_taesd(sd, tmp_path):
@@ -129,10 +148,41 @@ def test_decoding_by_taesd(sd, tmp_path):
     assert torch.equal(tiny, taesd.decoder(states[-1]).clamp(0, 1)) and not torch.allclose(tiny, plain)
 
 
+# ---- how many of each
+
+def test_one_prompt_as_a_text(sd):
+    noise = torch.randn(1, 4, 16, 16)
+    a, b = (sd.sample(prompts, steps=2, noise=noise, **SIZE) for prompts in ("a cat", ["a cat"]))
+    assert a.shape == (1, 3, 128, 128) and torch.equal(a, b)
+    assert torch.equal(sd.encode_text("a cat"), sd.encode_text(["a cat"]))
+
+
+def test_a_negative_prompt_for_each(sd):
+    noise, negative = torch.randn(2, 4, 16, 16), ["blurry", "a dog"]
+    options = dict(steps=2, **SIZE)
+    both = sd.sample(["a cat"] * 2, negative, noise=noise, **options)
+    for k in range(2):
+        assert levels(both[k:k + 1], sd.sample("a cat", negative[k], noise=noise[k:k + 1], **options))[0] <= 1
+
+
+@pytest.mark.parametrize("options, says", [
+    (dict(negative_prompt=["a", "b", "c"]), "negative_prompt: 3 texts for 2 prompts; it takes one text for all, or"),
+    (dict(generator=seeded([1])), "seeds: 1 for a batch of 2"),
+    (dict(noise=torch.zeros(1, 4, 16, 16)), "noise: its shape is [1, 4, 16, 16]; prompts and size take [2, 4, 16, 16]"),
+    (dict(noise=torch.zeros(2, 4, 16, 8)), "noise: its shape is [2, 4, 16, 8]")])
+def test_numbers_that_do_not_fit(sd, options, says):
+    calls = record(sd)
+    with pytest.raises(UsageError) as error:
+        sd.sample(["a cat", "a dog"], **options, **SIZE)
+    assert says in one_line(error) and not calls
+
+
+# ---- settings
+
 @pytest.mark.parametrize("options, says", [
     (dict(sampler="ddmi"), "did you mean ddim?"), (dict(sampler="ddpm"), "unknown 'ddpm'"),
-    (dict(sampler="ddim", steps=1000), "steps: 1000 is too many"), (dict(sampler="ddim", steps=1001), "steps: 1001"),
-    (dict(steps=0), "steps: 0"), (dict(guidance_scale=-1), "guidance_scale: -1"), (dict(eta=0.5), "eta"),
+    (dict(sampler="ddim", steps=1001), "steps: 1001"),
+    (dict(steps=0), "steps: 0"), (dict(guidance_scale=-1), "guidance_scale: -1"), (dict(S_churn=1.0), "S_churn"),
     (dict(clip=True), "clip"), (dict(height=100), "height: 100")])
 def test_settings_that_cannot_work(sd, options, says):
     calls = record(sd)
@@ -141,7 +191,21 @@ def test_settings_that_cannot_work(sd, options, says):
     assert says in one_line(error) and not calls
 
 
-@pytest.mark.parametrize("steps, expected", [(20, range(951, 0, -50)), (3, [667, 334, 1]), (1, [1]),
+def test_steps_of_ddim_that_start_far_from_noise(sd):
+    right = [n for n in range(1, 1001) if 800 <= 1 + (n - 1) * (1000 // n) < 1000]
+    for steps in range(1, 1001):
+        sd.plan("ddim", steps, spacing="uniform")
+        if steps in right:
+            sd.plan("ddim", steps)
+            continue
+        with pytest.raises(UsageError) as error:
+            sd.plan("ddim", steps)
+        assert f"steps: {steps} would start ddim at timestep {1 + (steps - 1) * (1000 // steps)}," in one_line(error)
+    said = re.findall(r"(\d+) to (\d+)", str(error.value).split("right are")[1])
+    assert [n for a, b in said for n in range(int(a), int(b) + 1)] == right
+
+
+@pytest.mark.parametrize("steps, expected", [(20, range(951, 0, -50)), (7, range(853, 0, -142)),
                                              (500, range(999, 0, -2)), (999, range(999, 0, -1))])
 def test_timesteps_of_ddim(sd, steps, expected):
     called = []

@@ -1,9 +1,11 @@
 """Our tokenizer against transformers' CLIPTokenizer, built here from the same list of merges."""
 
 import gzip
+import importlib.util
 import json
 import random
 import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -26,12 +28,20 @@ def ours():
 
 
 @pytest.fixture(scope="module")
-def theirs(ours, tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
+def theirs(tmp_path_factory):
+    """transformers' tokenizer, from CLIP's list of merges as OpenAI's clip/simple_tokenizer.py numbers it."""
+    transformers, open_clip = pytest.importorskip("transformers"), importlib.util.find_spec("open_clip")
+    if open_clip is None:
+        pytest.skip("no open_clip")
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    with gzip.open(Path(open_clip.origin).with_name("bpe_simple_vocab_16e6.txt.gz")) as f:
+        merges = f.read().decode("utf-8").split("\n")[1:49152 - 256 - 2 + 1]
+    symbols = list(bytes_to_unicode().values())
+    names = symbols + [s + "</w>" for s in symbols] + [m.replace(" ", "") for m in merges]
+    names += ["<|startoftext|>", "<|endoftext|>"]
+    assert len(names) == len(set(names)) == 49408
     folder = tmp_path_factory.mktemp("clip")
-    vocabulary = ours.ids | {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    merges = [" ".join(pair) for pair in text.read_merges()]
+    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     return lambda prompts: tokenizer(prompts, padding="max_length", max_length=77, truncation=True,

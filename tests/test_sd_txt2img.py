@@ -13,9 +13,11 @@ from PIL import Image
 import txt2img
 from helpers import one_line
 from libs.config import CODE
-from libs.errors import UsageError
+from libs.errors import RunError, UsageError
 from libs.stable_diffusion import memory
+from libs.stable_diffusion.checkpoint import UNET
 from libs.stable_diffusion.config import DEFAULTS, load_config
+from libs.stable_diffusion.files import read_tensors
 from libs.tiny_autoencoder import build_decoder
 from sd_parity import SMALL, small_checkpoint
 
@@ -29,7 +31,8 @@ def model(tmp_path_factory):
 @pytest.fixture
 def draw(model, tmp_path, monkeypatch, capsys):
     """draw(flags): run the script in an empty folder; returns what it printed."""
-    config = {"devices": ["cpu"], "model": SMALL, "sample_cfg": {"steps": 2, "height": 64, "width": 72}}
+    config = {"devices": ["cpu"], "model": SMALL, "taesd_decoder": str(tmp_path / "decoder.pth"),
+              "sample_cfg": {"steps": 2, "height": 64, "width": 72}}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(tmp_path)
 
@@ -50,12 +53,13 @@ def pixels(path):
 
 def test_one_picture_and_its_settings(draw, tmp_path):
     said = draw("--prompt", "a photograph of ä cat", "--negative-prompt", "blurry", "--seed", 5, "--sampler", "ddim",
-                "--steps", 3, "--guidance-scale", 4.5)
+                "--steps", 5, "--guidance-scale", 4.5)
     picture = Image.open(tmp_path / "txt2img.png")
     assert picture.size == (72, 64) and picture.mode == "RGB" and pixels("txt2img.png").std() > 20
     assert picture.text == {
-        "prompt": "a photograph of ä cat", "negative_prompt": "blurry", "seed": "5", "sampler": "ddim", "steps": "3",
-        "guidance_scale": "4.5", "size": "72x64", "checkpoint": "small.safetensors", "dtype": "fp32", "vae": "kl"}
+        "prompt": "a photograph of ä cat", "negative_prompt": "blurry", "seed": "5", "sampler": "ddim", "steps": "5",
+        "guidance_scale": "4.5", "size": "72x64", "checkpoint": "small.safetensors", "weights": "plain",
+        "dtype": "fp32", "vae": "kl"}
     assert "12 tensors of the noise schedule" in said and "s a picture" in said and "GiB" in said
     assert pictures(tmp_path) == ["txt2img.png"]
 
@@ -91,8 +95,6 @@ def test_a_prompt_that_is_no_text(draw):
 
 def test_taesd(draw, tmp_path):
     torch.save(build_decoder().state_dict(), tmp_path / "decoder.pth")
-    with open("small.yaml", "a") as f:
-        f.write(f"taesd_decoder: {tmp_path / 'decoder.pth'}\n")
     draw("--prompt", "a cat")
     draw("--prompt", "a cat", "--vae", "taesd", "--output", "tiny.png")
     assert abs(pixels("tiny.png") - pixels("txt2img.png")).max() > 5 and Image.open("tiny.png").text["vae"] == "taesd"
@@ -103,12 +105,43 @@ def test_taesd(draw, tmp_path):
     (["--output", "a.jpg"], "must end in .png"), (["--output", "no/a.png"], "cannot write into"),
     (["--guidance-scale", "nan"], "guidance_scale"), (["--dtype", "fp8"], "dtype is 'fp8'"),
     (["--steps", 0], "too few"), (["--sampler", "ddim", "--steps", 1000], "steps: 1000"),
-    (["--ckpt", "no.ckpt"], "no file no.ckpt"), (["--vae", "taesd"], "taesd"),
+    (["--ckpt", "no.ckpt"], "no file no.ckpt"), (["--sampler", "ddim", "--steps", 600], "right are 5 to 250"),
+    (["--vae", "taesd", "--ckpt", "no.ckpt"], "taesd_decoder: no file"),  # before the model
     (["--prompts", "x.txt"], "not allowed with")])
 def test_mistakes(draw, tmp_path, flags, says):
     with pytest.raises(UsageError) as error:
         draw("--prompt", "a cat", *flags)
     assert says in one_line(error) and not pictures(tmp_path)
+
+
+def test_averaged_or_plain_weights(draw, model, tmp_path):
+    tensors = read_tensors(model)
+    averages = {"model_ema." + name[len("model."):].replace(".", ""): 0.9 * t
+                for name, t in tensors.items() if name.startswith(UNET)}
+    torch.save(tensors | averages, tmp_path / "both.ckpt")
+    torch.save({k: v for k, v in tensors.items() if not k.startswith(UNET)} | averages, tmp_path / "averages.ckpt")
+    draw("--prompt", "a cat", "--output", "none.png", "--weights", "ema")  # which this file has not
+    for name, flags in (("default", []), ("ema", ["--weights", "ema"]), ("plain", ["--weights", "plain"])):
+        said = draw("--prompt", "a cat", "--ckpt", "both.ckpt", "--output", f"{name}.png", *flags)
+        assert ("686 tensors of plain weights, as the averaged ones are taken" in said) == (name != "plain")
+    said = draw("--prompt", "a cat", "--ckpt", "averages.ckpt", "--output", "only.png")
+    assert "averaged weights taken" in said and "plain weights" not in said
+    for name, weights in dict(none="plain", default="ema", ema="ema", plain="plain", only="ema").items():
+        assert Image.open(f"{name}.png").text["weights"] == weights
+    for same, other in (("none", "plain"), ("default", "ema"), ("ema", "only")):
+        assert (pixels(f"{same}.png") == pixels(f"{other}.png")).all()
+    assert abs(pixels("ema.png") - pixels("plain.png")).max() > 5
+
+
+def test_numbers_that_are_not_finite_are_no_picture(draw, model, tmp_path):
+    tensors = read_tensors(model)
+    tensors[UNET + "out.2.bias"] = torch.full((4,), 1e5)  # more than half precision knows
+    torch.save(tensors, tmp_path / "large.ckpt")
+    with pytest.raises(RunError) as error:
+        draw("--prompt", "a cat", "--ckpt", "large.ckpt", "--dtype", "fp16")
+    assert "drawing in fp16 gave values that are not finite" in one_line(error) and not pictures(tmp_path)
+    assert "--dtype bf16 or fp32" in str(error.value)
+    draw("--prompt", "a cat", "--ckpt", "large.ckpt", "--dtype", "bf16")
 
 
 def test_files_are_not_replaced_unasked(draw, tmp_path):
@@ -153,7 +186,13 @@ def test_the_config_says_what_the_defaults_are():
     ("sampel_cfg: {}", "unknown key sampel_cfg; did you mean sample_cfg?"),
     ("sample_cfg: {stpes: 3}", "did you mean sample_cfg.steps?"), ("sample_cfg: 3", "sample_cfg is a section"),
     ("model: {unet: {dim: 3}}", "model.unet.dim is 3"), ("sample_cfg: {negative_prompt: 3}", "a piece of text"),
-    ("devices: [gpu]", "devices is ['gpu']"), ("ema: 1", "true or false")])
+    ("devices: [gpu]", "devices is ['gpu']"), ("ema: 1", "true or false"),
+    ("model: {unet: {dim: 48}}", "model.unet.dim is 48; it must be a multiple of 32"),
+    ("model: {unet: {num_heads: 7}}", "num_heads is 7; it must be a divisor of the channels of each level"),
+    ("model: {unet: {context_dim: 700}}", "context_dim is 700; it must be model.text_encoder.width, 768"),
+    ("model: {autoencoder: {dim: 48}}", "model.autoencoder.dim is 48; it must be a multiple of 32"),
+    ("model: {autoencoder: {dim_mults: [1, 2]}}", "dim_mults is [1, 2]; it must be a list of 4"),
+    ("model: {text_encoder: {heads: 7}}", "heads is 7; it must be a divisor of model.text_encoder.width, 768")])
 def test_config_mistakes(tmp_path, content, says):
     path = tmp_path / "a.yaml"
     path.write_text(content)

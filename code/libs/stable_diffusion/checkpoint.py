@@ -8,7 +8,7 @@ import torch
 from ..blocks import SinusoidalPE
 from ..errors import UsageError
 from .autoencoder import AutoencoderKL
-from .files import read_tensors
+from .files import aligned, read_tensors
 from .memory import check_memory
 from .model import StableDiffusion
 from .text import TextEncoder, Tokenizer
@@ -29,13 +29,15 @@ IGNORED = (
 
 # (how a name begins, whose file has one): none is in a file of Stable Diffusion 1.x
 FAMILIES = (
+    (r"(.*[._])?lora[._]|lycoris_|.*\.(hada|lokr)_w", "a LoRA, a change to a model"),
     (r"conditioner\.embedders\.", "Stable Diffusion XL"),
     (r"cond_stage_model\.model\.", "Stable Diffusion 2.x"),
+    (r"model\.diffusion_model\.label_emb\.", "Stable Diffusion XL"),  # and 2.x unCLIP's, which is caught above
     (r"(.*\.)?joint_blocks\.", "Stable Diffusion 3"),
     (r"(.*\.)?double_blocks\.", "Flux"),
     (r"control_model\.", "a ControlNet"),
-    (r"(.*\.)?lora_", "a LoRA, a change to a model"),
     (r"emb_params", "a textual inversion, a word for a model"),
+    (r"(unet|vae|text_encoder)\.", "a model whose tensors have diffusers' names"),
     (r"down_blocks\.|(en|de)coder\.(down|up)_blocks\.", "one part of a model in diffusers' folder layout"),
     (r"(text_model\.)?encoder\.layers\.", "a text encoder alone"),
     (r"decoder\.mid\.", "an autoencoder alone"),
@@ -71,18 +73,21 @@ def load_checkpoint(path, dtype=None, device=None, ema=True, vocabulary=None, mo
     parts = build_parts(model)
     tensors = modern_names(read_tensors(path))
     check_family(path, tensors)
-    averaged = ema and take_average(path, tensors, parts)
+    replaced = take_average(path, tensors, parts) if ema else None
     ignored = check_tensors(path, tensors, parts)
+    if replaced:
+        ignored["of plain weights, as the averaged ones are taken"] = replaced
     check_memory(device, weight_bytes(parts, dtype), "the model", "take half precision, or close other programs")
 
     for prefix, part in parts.items():
         # to(): the tensor itself where nothing changes
-        part.load_state_dict({name: tensors.pop(prefix + name).to(device, precision(prefix, dtype))
+        part.load_state_dict({name: aligned(tensors.pop(prefix + name)).to(device, precision(prefix, dtype))
                               for name in part.state_dict()}, assign=True)
     parts[UNET].time_pe = SinusoidalPE(parts[UNET].time_pe.dim).to(device, dtype)  # has no weights, but a buffer
     sd = StableDiffusion(*parts.values(), tokenizer).to(device)
-    sd.summary = ("averaged weights taken; " if averaged else "") + "ignored: " + ", ".join(
-        f"{count} {'tensor' if count == 1 else 'tensors'} {why}" for why, count in ignored.items())
+    sd.weights = "plain" if replaced is None else "ema"
+    said = ", ".join(f"{counted(count)} {why}" for why, count in ignored.items())
+    sd.summary = f"{'' if replaced is None else 'averaged weights taken; '}ignored: {said or 'nothing'}"
     return sd
 
 
@@ -123,23 +128,29 @@ def check_family(path, tensors):
         found = f"{CHANNELS[first.shape[1]]} (its UNet takes {first.shape[1]} channels, not 4)"
     if found:
         raise UsageError(f"checkpoint: {path} is of {found}; this is for Stable Diffusion 1.1 to 1.5 and models "
-                         "fine-tuned from them, in one file")
+                         "fine-tuned from them, in one file of the official layout")
 
 
 def take_average(path, tensors, parts):
-    """Put the UNet's averaged weights in place of the plain ones; returns whether there are any. In their names the
-    official code leaves the dots out."""
+    """Put the UNet's averaged weights in place of the plain ones; returns how many of those there were, None without an
+    average. In the averages' names the official code leaves the dots out."""
     names = {name: "model_ema." + name[len("model."):].replace(".", "") for name in expected_shapes(parts)
              if name.startswith(UNET)}
     missing = [average for average in names.values() if average not in tensors]
     if len(missing) == len(names):
-        return False
+        return None
     if missing:
-        raise UsageError(f"checkpoint {path}: of the averaged weights are {len(missing)} missing "
+        raise UsageError(f"checkpoint {path}: of the averaged weights {counted(len(missing), 'missing')} "
                          f"({first_five(missing)}); take the plain ones (txt2img.py: --weights plain)")
+    replaced = sum(name in tensors for name in names)
     for name, average in names.items():
         tensors[name] = tensors.pop(average)
-    return True
+    return replaced
+
+
+def counted(n, what=""):
+    """1 tensor, 2 tensors; 1 tensor is `what`, 2 tensors are `what`."""
+    return f"{n} tensor{'s' * (n != 1)}" + (f" {'is' if n == 1 else 'are'} {what}" if what else "")
 
 
 def first_five(names):
@@ -162,9 +173,12 @@ def check_tensors(path, tensors, parts):
                 ("of another shape", [f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
                                       for name, shape in shapes.items()
                                       if name in tensors and tuple(tensors[name].shape) != shape]),
-                ("no numbers with a fraction", [f"{name} {tensors[name].dtype}" for name in shapes if name in tensors
-                                                and not tensors[name].is_floating_point()])]
-    said = [f"{len(names)} {what} ({first_five(names)})" for what, names in problems if names]
+                ("of whole numbers", [f"{name} {tensors[name].dtype}" for name in shapes if name in tensors
+                                      and not tensors[name].is_floating_point()])]
+    said = {what: f"{counted(len(names), what)} ({first_five(names)})" for what, names in problems if names}
+    if said.keys() == {"unexpected"}:
+        raise UsageError(f"checkpoint {path} has all tensors of Stable Diffusion 1.x, but {said['unexpected']}; what "
+                         "such a model draws is not known here, so it is refused")
     if said:
-        raise UsageError(f"checkpoint {path} is not of Stable Diffusion 1.x; of its tensors are {'; '.join(said)}")
+        raise UsageError(f"checkpoint {path} is not of Stable Diffusion 1.x: {'; '.join(said.values())}")
     return dict(sorted(ignored.items()))

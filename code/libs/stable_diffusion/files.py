@@ -14,7 +14,7 @@ from collections import OrderedDict
 import torch
 
 from ..errors import UsageError, reason
-from ..images import whole_file
+from ..files import whole_file
 
 # names of the .safetensors format, as far as this torch has the types
 DTYPES = {name: getattr(torch, attribute) for name, attribute in (
@@ -40,7 +40,7 @@ def read_tensors(path):
 # ---- .safetensors: the header's length (8 bytes, little endian), the header (JSON), the tensors' bytes
 
 def read_safetensors(path):
-    """{name: tensor}, each a view of the mapped file."""
+    """{name: tensor}, each a view of the mapped file; see `aligned`."""
     size = os.path.getsize(path)
     try:
         with open(path, "rb") as f:
@@ -63,12 +63,17 @@ def read_safetensors(path):
         if begin == end:
             tensor = torch.empty(0, dtype=dtype)
         else:
-            tensor = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=data + begin)
-            if tensor.data_ptr() % dtype.itemsize:
-                tensor = tensor.clone()  # a header whose length is no multiple of 8 shifts what follows
-            tensor = tensor.view(dtype)
+            tensor = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=data + begin).view(dtype)
         tensors[name] = tensor.reshape(entry["shape"])
     return tensors
+
+
+def aligned(tensor):
+    """The tensor; a copy where its address is no multiple of its type's size. In old files the header may have any
+    length, and shifts what follows."""
+    if tensor.data_ptr() % tensor.dtype.itemsize == 0:
+        return tensor
+    return tensor.reshape(-1).view(torch.uint8).clone().view(tensor.dtype).reshape(tensor.shape)
 
 
 def _check_header(header):

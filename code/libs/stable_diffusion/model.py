@@ -4,16 +4,21 @@ import torch
 from torch import nn
 
 from ..ddpm import DDPM, quadratic_beta_schedule
-from ..errors import UsageError
+from ..errors import RunError, UsageError
 from ..samplers import draw_noise, image_generator
-from ..tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, TAESD
+from ..tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, TAESD, load_weights
 
 TIMESTEPS = 1000
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def seeded(seeds):
     """A `generator` for `StableDiffusion.sample`: an image with this seed is the same in any batch."""
+    seeds = list(seeds)
+
     def generator(step, shape):
+        if len(seeds) != shape[0]:
+            raise UsageError(f"seeds: {len(seeds)} for a batch of {shape[0]}; it takes one for each prompt")
         return torch.cat([image_generator(seed, [0])(step, (1, *shape[1:])) for seed in seeds])
     return generator
 
@@ -27,6 +32,18 @@ def check_size(height, width):
                              f"{' and '.join(map(str, near))} (512 suits the model, multiples of 64 suit it best)")
 
 
+def leading_timesteps(steps):
+    """Those of diffusers' spacing "leading" with offset 1, from the noisiest: 1 + k * (1000 // steps)."""
+    return [1 + k * (TIMESTEPS // steps) for k in reversed(range(steps))]
+
+
+def load_taesd(decoder_path):
+    """The tiny autoencoder's decoder. Raises UsageError: no such file, or another's."""
+    taesd = TAESD()
+    load_weights(taesd.decoder, decoder_path, "taesd_decoder")
+    return taesd
+
+
 class StableDiffusion(DDPM):
     """`.unet(x, t, context)`, `.autoencoder.encode(images in [-1, 1])` and `.decode(latents)`, `.encode_text(prompts)`.
 
@@ -37,9 +54,11 @@ class StableDiffusion(DDPM):
 
     - "dpmpp_2m": DPMSolverMultistepScheduler(use_karras_sigmas=True, final_sigmas_type="zero");
     - "heun", "euler": Heun- and EulerDiscreteScheduler(use_karras_sigmas=True), but for the timesteps, which are whole
-      numbers here (as with DPM++, there, too);
-    - "ddim": DDIMScheduler(timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False, clip_sample=False),
-      which is Stable Diffusion's own; with `spacing` the timesteps of our DDIM.
+      numbers here (as with DPM++, there, too), and for the start: the noise times sqrt(1 + sigma_max^2), which is x_T,
+      here; times sigma_max, 0.2 % less, there;
+    - "ddim": DDIMScheduler(timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False, clip_sample=False).
+      The official code does the same where `steps` divides 1000; elsewhere it takes more steps than asked for. With
+      `spacing` the timesteps are those of our DDIM.
     """
 
     SAMPLERS = {"dpmpp_2m": "solve", "ddim": "ddim", "heun": "solve", "euler": "solve", "euler_ancestral": "solve"}
@@ -48,6 +67,7 @@ class StableDiffusion(DDPM):
         nn.Module.__init__(self)  # DDPM's would build a network for labels
         self.unet, self.autoencoder, self.text_encoder, self.tokenizer = unet, autoencoder, text_encoder, tokenizer
         self.vae = None  # a TAESD to decode with in place of the autoencoder
+        self.weights = "plain"  # or "ema": which of a checkpoint's these are
         self.timesteps, self.prediction, self.use_vae = TIMESTEPS, "eps", True
         abar = (1 - quadratic_beta_schedule(TIMESTEPS)).cumprod(0)
         self.register_buffer("sqrt_alphas_cumprod", abar.sqrt().float(), persistent=False)
@@ -61,7 +81,7 @@ class StableDiffusion(DDPM):
 
     def use_taesd(self, decoder_path):
         """Decode with the tiny autoencoder: a hundredth of the work, a little less detail."""
-        self.vae = TAESD(None, decoder_path).to(self.sqrt_alphas_cumprod.device)
+        self.vae = load_taesd(decoder_path).to(self.sqrt_alphas_cumprod.device)
 
     # ---- what the samplers call; their `label` is (tokens of the prompts, tokens of the negative prompts)
 
@@ -88,10 +108,10 @@ class StableDiffusion(DDPM):
         return super().sigma_to_time(sigma).round()
 
     def ddim(self, x, labels, plan, generator=None, callback=None):
-        """DDIM over Stable Diffusion's own timesteps, 1 + k * (T // steps), down to timestep 0 instead of the image."""
+        """DDIM over the timesteps 1 + k * (T // steps), down to timestep 0 instead of the image."""
         if "spacing" in plan.options:
             return super().ddim(x, labels, plan, generator, callback)
-        timesteps = [1 + k * (self.timesteps // plan.steps) for k in reversed(range(plan.steps))]
+        timesteps = leading_timesteps(plan.steps)
         sigmas = self.sigmas.tolist()
         for k, (i, i_next) in enumerate(zip(timesteps, timesteps[1:] + [0])):
             t = torch.full((len(x),), i, device=x.device, dtype=torch.long)
@@ -103,9 +123,21 @@ class StableDiffusion(DDPM):
     def plan(self, sampler=None, steps=None, guidance_scale=7.5, **options):
         """Settings of `sample`, checked: see Diffusion.plan."""
         plan = super().plan(sampler, steps, guidance_scale, **options)
-        if plan.sampler == "ddim" and plan.steps == self.timesteps and "spacing" not in plan.options:
-            raise UsageError(f"steps: {plan.steps} is too many; 1 + k * 1 has to stay below {self.timesteps}")
+        if plan.sampler == "ddim" and "spacing" not in plan.options:
+            first = leading_timesteps(plan.steps)[0]
+            if not 800 <= first < TIMESTEPS:
+                raise UsageError(f"steps: {plan.steps} would start ddim at timestep {first}, but pure noise is at 800 "
+                                 "to 999; right are 5 to 250, 268 to 333, 401 to 500 and 800 to 999 steps")
         return plan
+
+    def check_finite(self, x):
+        """Raise RunError if there are values that make no picture."""
+        if not x.isfinite().all():
+            name = next((name for name, dtype in DTYPES.items() if dtype == self.dtype), self.dtype)
+            remedy = {"fp16": "--dtype bf16 or fp32 has room for larger ones", "bf16": "try --dtype fp32"}.get(
+                name, "a smaller guidance scale may help, or the checkpoint's weights are damaged")
+            raise RunError(f"drawing in {name} gave values that are not finite, and so no picture; {remedy}")
+        return x
 
     @torch.no_grad()
     def postprocess(self, x):
@@ -119,7 +151,7 @@ class StableDiffusion(DDPM):
     @torch.no_grad()
     def sample(self, prompts, negative_prompt="", height=512, width=512, sampler=None, steps=None, guidance_scale=7.5,
                noise=None, generator=None, callback=None, **options):
-        """Draw one image per prompt: list of B texts -> B x 3 x height x width in [0, 1].
+        """Draw one image per prompt: list of B texts, or one text -> B x 3 x height x width in [0, 1].
 
         Args:
             negative_prompt: what guidance leads away from: a text for all images, or B texts.
@@ -131,15 +163,23 @@ class StableDiffusion(DDPM):
             callback, options: see Diffusion.sample.
 
         Raises:
-            UsageError: a size that 8 does not divide, an unknown sampler or option, a value out of range.
+            UsageError: a size that 8 does not divide, an unknown sampler or option, a value out of range, not as many
+                negative prompts, seeds or noises as prompts.
+            RunError: values that are not finite, as half precision may give.
         """
         check_size(height, width)
         plan = self.plan(sampler, steps, guidance_scale, **options)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
-        label = self.encode_text(prompts), self.encode_text(negative)
+        if len(negative) != len(prompts):
+            raise UsageError(f"negative_prompt: {len(negative)} texts for {len(prompts)} prompts; it takes one text "
+                             "for all, or one for each")
         like = self.sqrt_alphas_cumprod
+        shape = len(prompts), LATENT_CHANNELS, height // DOWNSCALE, width // DOWNSCALE
         if noise is None:
-            shape = len(prompts), LATENT_CHANNELS, height // DOWNSCALE, width // DOWNSCALE
             noise = draw_noise(generator, 0, like.new_empty(shape))
+        elif noise.shape != shape:
+            raise UsageError(f"noise: its shape is {list(noise.shape)}; prompts and size take {list(shape)}")
+        label = self.encode_text(prompts), self.encode_text(negative)
         x = getattr(self, self.SAMPLERS[plan.sampler])(noise.to(like), label, plan, generator, callback)
-        return self.postprocess(x)
+        return self.check_finite(self.postprocess(self.check_finite(x)))

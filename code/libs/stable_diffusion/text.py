@@ -124,7 +124,8 @@ class Tokenizer:
         return ids
 
     def __call__(self, prompts):
-        """List of B texts -> B x 77, long. What is too long loses its end; `surplus` says how much."""
+        """List of B texts, or one text -> B x 77, long. What is too long loses its end; `surplus` says how much."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         rows = [[self.start, *self.encode(p)[:LENGTH - 2], self.end] for p in prompts]
         return torch.tensor([row + [self.end] * (LENGTH - len(row)) for row in rows])
 
