@@ -40,7 +40,7 @@ class RealImages:
         if name == "autoencoder":
             weights = weights or config["model"]["vae_encoder_weights"]
         self.extractor = load_extractor(name, device, weights)
-        self.sets, self.features, self.statistics = {}, {}, {}
+        self.sets, self.features, self.statistics, self.kept = {}, {}, {}, {}
         cache = os.path.join(data["data_folder"], ".features")
         for split in ("train", "test"):
             dataset, _, _ = build_dataset(data["name"], split, data["data_folder"], data["img_size"],
@@ -56,6 +56,16 @@ class RealImages:
         """Features of `n` images, always the same ones: n x D."""
         order = torch.randperm(len(self.sets[split]), generator=seeded_generator("reference", split))
         return self.features[split][order[:n]]
+
+    def baselines(self, n):
+        """(floor, ceiling, images of the ceiling) at n images: the metrics of the test images and of noise. Kept."""
+        if n not in self.kept:
+            train, test, count = self.some("train", n), self.some("test", n), min(n, NOISE_IMAGES)
+            noise = torch.randint(256, (count, *self.train.shape[1:]), dtype=torch.uint8,
+                                  generator=seeded_generator("noise"))
+            noise = extract_features(self.extractor, noise.split(200))
+            self.kept[n] = _distances(test, train, None), _distances(noise, train, test), count
+        return self.kept[n]
 
 
 def labels_like(labels, num_classes, n):
@@ -105,14 +115,11 @@ def evaluate(generated, real, memorization=True):
         raise UsageError(f"{n} image{'s' * (n != 1)}; a Frechet distance needs at least 2")
     features = extract_features(extractor, generated.batches(200))
     chosen = torch.randperm(len(features), generator=seeded_generator("generated"))[:n]  # a folder is sorted by class
-    train, test = real.some("train", n), real.some("test", n)
-    noise = torch.randint(256, (min(n, NOISE_IMAGES), *shape), dtype=torch.uint8, generator=seeded_generator("noise"))
-    noise = extract_features(extractor, noise.split(200))
-
+    floor, ceiling, count = real.baselines(n)
     report = {
         "n": n, "metric": extractor.metric, "extractor": extractor.name, "extractor_hash": extractor.hash,
-        "generated": _distances(features[chosen], train, test), "floor": _distances(test, train, None),
-        "ceiling": _distances(noise, train, test), "ceiling_n": len(noise),
+        "generated": _distances(features[chosen], real.some("train", n), real.some("test", n)),
+        "floor": dict(floor), "ceiling": ceiling, "ceiling_n": count,
     }
     if len(features) > n:
         report["fd_train_all"] = frechet_distance(_statistics(features), real.statistics["train"])
