@@ -24,6 +24,7 @@ FALSE_RATE = 1e-4  # share of fresh images that each space may take for copies
 SCALES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)  # parts of the threshold, the stricter ones for data that come in series
 NEIGHBOUR = 10  # the ratio is nearest : tenth nearest, so that nine duplicates in the training set do no harm
 REFERENCE = 5000  # training images that are searched among the other training images
+AT_ONCE = 5000  # generated images of which all shifted views are in memory
 SIDE, GRID = 32, 13  # larger images are averaged down to SIDE; shifted ones are compared on GRID x GRID
 CELLS, IN_CELL = 10, 20  # of C_T; Meehan et al. ask for 20 images in a cell
 LEAST = CELLS * IN_CELL
@@ -86,7 +87,8 @@ class MemorizationTest:
             raise UsageError("memorization, features of generated: there are none of the training images")
         report, x = {"images": {"generated": len(generated), **self.images}}, _pixels(generated)
         report["pixels"] = self.pixels.measures(x, self.pixels.search(x))
-        spaces, found = [self.aligned], [self.aligned.search(self._aligned(generated))]
+        parts = [self.aligned.search(self._aligned(part)) for part in generated.split(AT_ONCE)]
+        spaces, found = [self.aligned], [tuple(map(torch.cat, zip(*parts)))]
         if self.features is not None:
             features = self._check_features("generated", features, len(generated), self.features.train.shape[1])
             spaces.append(self.features)
@@ -330,7 +332,7 @@ def k_means(points, k, seed=0, steps=20):
 
 def cell_of(points, centres):
     """The nearest centre of each point, N."""
-    return (centres.square().sum(1) - 2 * points.float() @ centres.T).argmin(1)
+    return (centres.square().sum(1) - points.float() @ (2 * centres.T)).argmin(1)
 
 
 # ---- images as points
@@ -338,7 +340,10 @@ def cell_of(points, centres):
 def _pixels(images):
     """N x C x H x W uint8 -> N x D in [0, 1], averaged down to at most SIDE x SIDE."""
     size = [min(side, SIDE) for side in images.shape[2:]]
-    return torch.cat([F.adaptive_avg_pool2d(part.float() / 255, size).flatten(1) for part in images.split(512)])
+    pixels = torch.empty(len(images), images.shape[1] * size[0] * size[1])
+    for part, out in zip(images.split(512), pixels.split(512)):
+        out.copy_(F.adaptive_avg_pool2d(part.float() / 255, size).flatten(1))
+    return pixels
 
 
 # ---- controls: sets of which it is known what is to be found

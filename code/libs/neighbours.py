@@ -32,10 +32,11 @@ def nearest(queries, bank, k, skip=None):
     views = queries if queries.dim() == 3 else queries[:, None]
     centre = bank.mean(0, dtype=torch.float32)  # the smaller the norms, the smaller the rounding
     # (-2 x, |x|^2, 1) . (y, 1, |y|^2) is the squared distance, in one product
-    centred = (bank - centre).float()
-    norms = centred.square().sum(1, keepdim=True)
-    right = torch.cat([centred, torch.ones_like(norms), norms], 1).T
-    del centred
+    right = torch.ones(len(bank), bank.shape[1] + 2)  # filled in place: the bank may be most of the memory
+    torch.sub(bank, centre, out=right[:, :-2])
+    norms = torch.linalg.vector_norm(right[:, :-2], dim=1, keepdim=True).square_()
+    right[:, -1:] = norms
+    right = right.T
     # bounds the error of a float32 sum of so many products, as a part of the largest norm
     unit = 4 * len(right) * torch.finfo(torch.float32).eps
     found = []
