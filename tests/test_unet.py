@@ -268,11 +268,11 @@ def test_every_weight_is_used():
     x, label, time = batch()
     model(x, label, time).square().sum().backward()
     for name, p in model.named_parameters():
-        assert p.grad is not None, name
         # one context token: softmax over it is 1 whatever query and key say
         if "attn2.to_q" in name or "attn2.to_k" in name or "norm2" in name:
-            continue
-        assert p.grad.abs().max() > 0, name
+            assert p.grad is None, name
+        else:
+            assert p.grad.abs().max() > 0, name
 
 
 def test_zero_init_starts_at_zero():
