@@ -78,6 +78,14 @@ class RunFolder:
             self.board.add_image("samples/raw", sample_grid(model, self.config, device), step)
             self.say(f"saved {shown(self.last_good)} and sample-{epoch - 1}.png")
 
+    def update(self, done, left):
+        """One update more on the bar; after 40 of this process, once, how long the `left` ones will take."""
+        self.bar.update()
+        if done == 10:  # the first updates are slower than those to come
+            self.warm = time.time()
+        elif done == 40:
+            self.say(f"about {(time.time() - self.warm) / 30 / 60 * left:.0f} minutes lie ahead")
+
     def evaluate(self, ema, real, epoch, step, device):
         """Every `eval.every` epochs: Frechet distance and the like of a few samples of the averaged weights.
 

@@ -134,11 +134,7 @@ def main():
             loss_meter.update(losses.mean().nan_to_num(0, 0, 0), finite)
             norm_meter.update(norm.nan_to_num(0, 0, 0), finite)
             tenths.update(losses, t)
-            out.bar.update()
-            if step == first_step + 10:  # the first updates are slower than those to come
-                warm = time.time()
-            elif step == first_step + 40:
-                out.say(f"about {(time.time() - warm) / 30 / 60 * (total_steps - step):.0f} minutes lie ahead")
+            out.update(step - first_step, total_steps - step)
             if device.type == "cpu" or step % updater.LIMIT == 0:
                 updater.check(step, out.last_good)
             if step % args.print_freq == 0 or step == total_steps:

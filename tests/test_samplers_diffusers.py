@@ -72,34 +72,20 @@ def test_heun_of_a_ddpm(diffusers, prediction, theirs, steps):
 # ---- on the grid of evenly spaced timesteps ("linspace", no offset), then 0
 
 @PREDICTIONS
+@pytest.mark.parametrize("kind, eta", [("dpmsolver++", 0.0), ("sde-dpmsolver++", 1.0)])
 @pytest.mark.parametrize("steps", [1, 2, 10, 27])
-def test_dpmpp_2m_of_a_ddpm(diffusers, prediction, theirs, steps):
+def test_dpmpp_2m_of_a_ddpm(diffusers, prediction, theirs, kind, eta, steps):
     # midpoint, second order, the last step to sigma 0 of first order ("zero"); its state is scaled as DDPM's
     model, noise, ours = ddpm(prediction), torch.randn(2, 1, 8, 8), []
-    scheduler = scheduler_of(diffusers.DPMSolverMultistepScheduler, theirs, algorithm_type="dpmsolver++",
+    scheduler = scheduler_of(diffusers.DPMSolverMultistepScheduler, theirs, algorithm_type=kind,
                              solver_order=2, solver_type="midpoint", final_sigmas_type="zero")
     scheduler.set_timesteps(steps)
     assert scheduler.timesteps.tolist() == np.linspace(0, 999, steps + 1).round()[:0:-1].tolist()
-    expected = their_states(scheduler, model.model, noise)
-    levels = [*model.sigmas[scheduler.timesteps].tolist(), 0.0]
-    with torch.no_grad():
-        dpmpp_2m(lambda x, sigma: model.denoise(x, sigma, LABELS), noise * (1 + levels[0] ** 2) ** 0.5, levels,
-                 callback=lambda k, n, x: ours.append(x / (1 + levels[k] ** 2) ** 0.5))
-    assert_agree(ours, [x for x, _ in expected])
-
-
-@PREDICTIONS
-@pytest.mark.parametrize("steps", [1, 2, 10, 27])
-def test_stochastic_dpmpp_2m_of_a_ddpm(diffusers, prediction, theirs, steps):
-    model, noise, ours = ddpm(prediction), torch.randn(2, 1, 8, 8), []
-    scheduler = scheduler_of(diffusers.DPMSolverMultistepScheduler, theirs, algorithm_type="sde-dpmsolver++",
-                             solver_order=2, solver_type="midpoint", final_sigmas_type="zero")
-    scheduler.set_timesteps(steps)
     expected = their_states(scheduler, model.model, noise, generator=torch.Generator().manual_seed(3))
     levels = [*model.sigmas[scheduler.timesteps].tolist(), 0.0]
     with torch.no_grad():
         dpmpp_2m(lambda x, sigma: model.denoise(x, sigma, LABELS), noise * (1 + levels[0] ** 2) ** 0.5, levels,
-                 callback=lambda k, n, x: ours.append(x / (1 + levels[k] ** 2) ** 0.5), eta=1.0,
+                 callback=lambda k, n, x: ours.append(x / (1 + levels[k] ** 2) ** 0.5), eta=eta,
                  generator=torch.Generator().manual_seed(3))
     assert_agree(ours, [x for x, _ in expected])
 

@@ -378,26 +378,3 @@ def test_without_held_out_images(script, tmp_path, capsys):
     script("--output", "run", "--set", f"dataset.data_folder={data}", epochs=1)
     assert "has no folder test or val: quality will be measured on training images" in capsys.readouterr().out
     assert json.loads((script.runs / "afhq_autoencoder_run" / "evaluation.json").read_text())["split"] == "train"
-
-
-@pytest.fixture
-def shipped():
-    files = [ROOT / "pretrained" / f"afhq_{half}.pth" for half in ("encoder", "decoder")]
-    if not all(map(Path.exists, files)):
-        pytest.skip("no pretrained/afhq_*.pth")
-    return list(map(str, files))
-
-
-def test_shipped_weights(shipped):
-    assert all(os.path.getsize(path) < 3e6 for path in shipped)
-    model = TAESD(*shipped)
-    # faces are not all they know: a smooth picture survives
-    x = nn.functional.interpolate(torch.rand(1, 3, 4, 4), size=(64, 64), mode="bicubic").clamp(0, 1)
-    assert float(psnr(x, model.decoder(model.encoder(x)).clamp(0, 1))) > 20
-
-
-def test_shipped_weights_on_real_cats(shipped, real_data):
-    data = {"name": "AFHQ", "data_folder": os.path.join(real_data, "afhq"), "img_size": 128}
-    figures, _, _ = evaluate(TAESD(*shipped), load_images(data, "test"), torch.device("cpu"), n=40)
-    assert figures["psnr"] > 25
-    assert max(map(abs, figures["latents"]["mean"])) < 0.3 and 0.7 < min(figures["latents"]["std"])
