@@ -105,9 +105,10 @@ def table(report):
                   for c in columns]
         if any(v != "-" for v in values):
             yield f"{text:<46}{values[0]:>12}{values[1]:>14}{values[2]:>12}"
-    if "fd_train_all" in report:
-        yield "{} of all {:,} to all {:,} training images: {:.3f}".format(
-            report["metric"], *report["n_all"], report["fd_train_all"])
+    if "n_all" in report:
+        drawn, *real = report["n_all"]
+        for (split, what), count in zip((("train", "training"), ("test", "test")), real):
+            yield f"{report['metric']} of all {drawn:,} to all {count:,} {what} images: {report[f'fd_{split}_all']:.3f}"
     if "memorization" in report:
         for space in ("pixels", "features"):
             yield f"nearest training image, {space}: " + ", ".join(

@@ -92,7 +92,7 @@ def test_images_of_a_folder_and_of_a_file_have_the_same_numbers(place, call):
         status, out, err = call(source, "--config", place.config, "--output", f"{source}.json")
         assert status == 0, err
         found.append(json.loads((place.root / f"{source}.json").read_text()))
-    assert found[0]["generated"] == found[1]["generated"] and found[0]["n"] == 220 and found[0]["n_all"] == [230, 220]
+    assert found[0]["generated"] == found[1]["generated"] and found[0]["n"] == 220 and found[0]["n_all"][:2] == [230, 220]
     write_npz(str(place.root / "few.npz"), pixels[:150])
     for arguments, word in ((["a.npz"], "--config"), (["a.npz", "--config", place.config, "--steps", "3"], "--steps"),
                             (["few.npz", "--config", place.config], "150 images")):

@@ -67,6 +67,10 @@ class RealImages:
             self.kept[n] = _distances(test, train, None), _distances(noise, train, test), count
         return self.kept[n]
 
+    def floor(self, n):
+        """Frechet distance of `n` training images to all test images: what `n` samples can reach."""
+        return frechet_distance(_statistics(self.some("train", n)), self.statistics["test"])
+
 
 def labels_like(labels, num_classes, n):
     """`n` labels whose histogram is that of `labels`, to the nearest whole image: n, long, classes in turn."""
@@ -101,8 +105,9 @@ def evaluate(generated, real, memorization=True):
     Returns:
         dict of plain values: `n` images of each set were compared with each other; `generated`, `floor` (the test
         images in their place) and `ceiling` (noise) each have `fd_train`, `fd_test`, `kd`, `kd_std`, `precision`,
-        `recall` and, where the extractor can read labels, `label_accuracy`; `memorization` is the report of a
-        MemorizationTest.
+        `recall` and, where the extractor can read labels, `label_accuracy`; where more than `n` were generated,
+        `fd_train_all` and `fd_test_all` are of all images (numbers of them in `n_all`: generated, training, test);
+        `memorization` is the report of a MemorizationTest.
 
     Raises:
         UsageError: images of another shape, or fewer than a metric can bear.
@@ -122,8 +127,9 @@ def evaluate(generated, real, memorization=True):
         "floor": dict(floor), "ceiling": ceiling, "ceiling_n": count,
     }
     if len(features) > n:
-        report["fd_train_all"] = frechet_distance(_statistics(features), real.statistics["train"])
-        report["n_all"] = [len(features), len(real.train)]
+        for split in ("train", "test"):
+            report[f"fd_{split}_all"] = frechet_distance(_statistics(features), real.statistics[split])
+        report["n_all"] = [len(features), len(real.train), len(real.test)]
     if getattr(extractor, "classes", None) == list(real.train.classes):  # it can read these labels
         for key, rows, labels in (("generated", features, generated.labels),
                                   ("floor", real.features["test"], real.test.labels)):
@@ -138,6 +144,28 @@ def evaluate(generated, real, memorization=True):
                                 (real.features["train"], real.features["test"]), mirrored=real.mirrored)
         report["memorization"] = test.report(generated.take().images, features)
     return report
+
+
+@torch.no_grad()
+def denoising_error(model, x_start, labels, sigmas, seed=0, batch_size=100):
+    """Mean squared error of the denoised image at each noise level, E |D(x + sigma n; sigma, label) - x|^2 / values.
+
+    It means the same for every model of one space (pixels, or one autoencoder's latents), whatever it was trained to
+    predict and however its loss is weighted. The noise of an image and level is the same for every model.
+
+    Args:
+        x_start: N x *model.img_shape, in the model's space, on its device; labels: N; sigmas: noise levels.
+
+    Returns a list, one number a noise level.
+    """
+    totals = []
+    for k, sigma in enumerate(sigmas):
+        generator, total = seeded_generator(seed, "denoising", k), 0.0
+        for x, label in zip(x_start.split(batch_size), labels.split(batch_size)):
+            noise = torch.randn(x.shape, generator=generator).to(x)
+            total += float((model.denoise(x + sigma * noise, sigma, label) - x).double().square().sum())
+        totals.append(total / x_start.numel())
+    return totals
 
 
 def _statistics(features):

@@ -1,0 +1,231 @@
+"""Training runs of several kinds beside each other, the mean and spread over the runs of each kind.
+
+python ./compare_runs.py ../logs/ddpm_0 ../logs/ddpm_1 ../logs/edm_0 ../logs/edm_1 \\
+    --way DDPM=ddim:20 --way "EDM=heun:10 S_churn=5" --num 2000
+
+A run's kind is its model_name. Of its averaged weights: the error of denoising held-out and training images, by noise
+level, and for each --way of its kind the distance of its samples to the held-out images. What the --output holds
+already is not measured again."""
+
+import json
+import os
+import statistics
+import time
+
+import torch
+from tqdm import tqdm
+
+import libs
+from cli import Parser, check_output, positive, run
+from compare_samplers import parse_way
+from libs.checkpoint import load_checkpoint, model_file
+from libs.classifier import file_hash
+from libs.datasets import build_dataset
+from libs.drawing import draw_images
+from libs.errors import UsageError, shown
+from libs.evaluation import RealImages, denoising_error, evaluate, labels_like
+from libs.features import EXTRACTORS
+from libs.files import whole_file
+from libs.images import ImageSet, to_uint8
+from libs.models import MODELS, model_from
+from libs.training import memory_format, pick_device
+
+SIGMAS = [0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0]  # latents and pixels have a deviation of about 1
+# column -> (key of a row's numbers, how it is printed)
+COLUMNS = {"FD to held-out images": ("fd_test", "{:.4g}"), "FD to training images": ("fd_train", "{:.4g}"),
+           "precision": ("precision", "{:.3f}"), "recall": ("recall", "{:.3f}"),
+           "seconds for 1,000 images": ("seconds_per_1000", "{:.1f}")}
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", help="run folders, or checkpoints of train.py")
+    parser.add_argument("--way", action="append", default=[], metavar="KIND=WAY",
+                        help="a way to draw from the runs of this kind, as in compare_samplers.py")
+    parser.add_argument("--num", type=positive, default=2000, help="images of each run and way (default 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--features", choices=list(EXTRACTORS), default=None,
+                        help="whose features are compared (default: the config's eval.features)")
+    parser.add_argument("--output", default="runs.json", metavar="FILE.json",
+                        help="the figures, and beside them the tables as FILE.md (default runs.json)")
+    parser.add_argument("--batch-size", type=positive, default=200)
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--data-folder", default=None, help="the real images, if they are not where the config says")
+    args = parser.parse_args()
+    if not args.output.endswith(".json"):
+        raise UsageError(f"--output: {args.output} must end in .json")
+    if not os.path.exists(args.output):  # one of ours is added to
+        check_output(args.output, overwrite=False)
+        check_output(args.output[:-len("json")] + "md", overwrite=False)
+    return args
+
+
+def parse_ways(texts):
+    """["EDM=heun:10 S_churn=5", ...] -> {"EDM": [{"sampler": "heun", ...}, ...], ...}"""
+    ways = {}
+    for text in texts:
+        kind, _, way = text.partition("=")
+        if kind not in MODELS:
+            raise UsageError(f"--way: {text!r} must begin with one of {', '.join(MODELS)} and =, as in EDM=heun:10")
+        ways.setdefault(kind, []).append(parse_way(way))
+    return ways
+
+
+def load_output(path, head):
+    """What an earlier call wrote, or `head` with nothing in it. Raises UsageError where the two are of other images."""
+    if not os.path.exists(path):
+        return {**head, "errors": [], "rows": []}
+    try:
+        with open(path) as f:
+            saved = json.load(f)
+        saved["errors"], saved["rows"]
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"--output: {path} is no file of compare_runs.py") from None
+    for key, value in head.items():
+        if saved.get(key) != value:
+            raise UsageError(f"--output: {path} has {key} {saved.get(key)}, not {value}; give another name")
+    return saved
+
+
+def save(path, saved):
+    with whole_file(path) as f:
+        f.write(json.dumps(saved, indent=1).encode())
+    with whole_file(path[:-len("json")] + "md") as f:
+        f.write(("\n".join(tables(saved)) + "\n").encode())
+
+
+def spread(values, form):
+    """ "mean (± standard deviation)" of the runs of a kind"""
+    text = form.format(statistics.mean(values))
+    return text + (f" (± {form.format(statistics.stdev(values))})" if len(values) > 1 else "")
+
+
+def by(rows, *keys):
+    """Rows in groups, in the order in which each first appears."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(json.dumps([row[key] for key in keys]), []).append(row)
+    return groups.values()
+
+
+def tables(saved):
+    """Lines of Markdown: how good samples are, then the error of denoising at each noise level."""
+    kind = ("kind", "parameters", "images_seen")
+    if saved["rows"]:
+        yield from samples_table(saved, kind)
+        yield ""
+    yield "Mean squared error of denoised latents (or pixels), by noise level sigma, mean (± deviation) over the runs:"
+    yield ""
+    groups = list(by(saved["errors"], *kind))
+    names = [f"{same[0]['kind']}, {same[0]['images_seen']:,} images seen, {split}" for same in groups
+             for split in ("held out", "training")]
+    yield "| sigma | " + " | ".join(names) + " |"
+    yield "|" + "---|" * (1 + len(names))
+    for k, sigma in enumerate(saved["sigmas"]):
+        cells = [spread([row[split][k] for row in same], "{:.4f}") for same in groups for split in ("test", "train")]
+        yield f"| {sigma:g} | " + " | ".join(cells) + " |"
+
+
+def samples_table(saved, kind):
+    yield (f"{saved['metric']} of {saved['num']:,} samples to all held-out images; {saved['num']:,} training images in "
+           f"their place: {saved['floor']:.4g}. Mean (± standard deviation) over the runs of a kind; {saved['device']}, "
+           f"PyTorch {saved['torch']}")
+    yield ""
+    yield "| kind | parameters | images seen | runs | sampler | network calls | " + " | ".join(COLUMNS) + " |"
+    yield "|" + "---|" * (6 + len(COLUMNS))
+    for same in by(saved["rows"], *kind, "way"):
+        first = same[0]
+        way = ", ".join(str(v) if k in ("sampler", "steps") else f"{k} {v}" for k, v in first["way"].items())
+        cells = [first["kind"], f"{first['parameters']:,}", f"{first['images_seen']:,}", str(len(same)), way,
+                 str(first["network_calls"])]
+        cells += [spread([row[key] for row in same], form) for key, form in COLUMNS.values()]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def real_latents(model, config, device):
+    """split -> (images in the model's space, labels): the test images, and as many of the training images."""
+    data, found, count = config["dataset"], {}, None
+    for split in ("test", "train"):
+        dataset, _, _ = build_dataset(data["name"], split, data["data_folder"], data["img_size"],
+                                      (0, 1) if config["model"]["use_vae"] else (-1, 1))
+        dataset.augment, count = False, min(count or len(dataset), len(dataset))
+        parts = [dataset.batch(part) for part in torch.linspace(0, len(dataset) - 1, count).long().split(50)]
+        found[split] = (torch.cat([model.encode(images.to(device)) for images, _ in parts]),
+                        torch.cat([labels for _, labels in parts]).to(device))
+    return found
+
+
+def load_run(path, data_folder):
+    """(model, config, what a row says of the run)"""
+    path = model_file(path)
+    state = load_checkpoint(path)
+    model, config = model_from(state, path)
+    if data_folder:
+        config["dataset"]["data_folder"] = data_folder
+    return model, config, {"run": shown(path), "hash": file_hash(path), "kind": config["model_name"],
+                           "seed": config["seed"], "images_seen": state["step"] * config["loader"]["batch_size"],
+                           "parameters": sum(p.numel() for p in model.model.parameters())}
+
+
+def main():
+    args = parse_args()
+    ways = parse_ways(args.way)
+    device = pick_device([args.device])
+    runs = [(path, load_run(path, args.data_folder)) for path in args.runs]  # so that what cannot be is said now
+    unused = set(ways) - {about["kind"] for _, (_, _, about) in runs}
+    if unused:
+        raise UsageError(f"--way: none of the runs is of the kind {sorted(unused)[0]}")
+    config, encoder = runs[0][1][1], None
+    for path, (model, other, about) in runs:
+        for way in ways.get(about["kind"], []):
+            model.plan(**libs.sampling_options(other, **way))
+        if other["dataset"] != config["dataset"]:
+            raise UsageError(f"{path}: its section dataset is not that of {args.runs[0]}")
+        hashes = model.vae.hashes() if model.use_vae else None
+        if encoder not in (None, hashes):
+            raise UsageError(f"{path}: its latents are not those of {args.runs[0]}: another autoencoder")
+        encoder = hashes
+    config["eval"]["features"] = args.features or config["eval"]["features"]
+    print("features of the real images, where no cache has them", flush=True)
+    real = RealImages(config, device)
+    saved = load_output(args.output, {"num": args.num, "seed": args.seed, "data": real.train.digest()[:12],
+                                      "extractor_hash": real.extractor.hash, "sigmas": SIGMAS, "device": str(device)})
+    labels = labels_like(real.test.labels, runs[0][1][0].num_classes, args.num)
+    latents = None
+    for path, (model, config, about) in runs:
+        model.to(device, memory_format=memory_format(device))
+        if about["hash"] not in [row["hash"] for row in saved["errors"]]:
+            latents = latents or real_latents(model, config, device)
+            saved["errors"].append({**about, **{split: denoising_error(model, *latents[split], SIGMAS)
+                                                for split in latents}})
+            save(args.output, saved)
+        for way in ways.get(about["kind"], []):
+            options = libs.sampling_options(config, **way)
+            if (about["hash"], options) not in [(row["hash"], row["way"]) for row in saved["rows"]]:
+                row, common = measure(model, options, labels, real, args, device)
+                saved |= common
+                saved["rows"].append({**about, "way": options, **row})
+                save(args.output, saved)
+        model.to("cpu")
+    print("\n".join(tables(saved)))
+
+
+def measure(model, options, labels, real, args, device):
+    """Draw, and compare with the real images: (numbers of this run, what all rows of the file have in common)."""
+    calls, pixels, started = model.network_calls(**options), [], time.time()
+    with tqdm(total=len(labels), desc=f"{options['sampler']}, {calls} calls", unit="image", disable=None) as bar:
+        for batch in draw_images(model, labels, options, args.seed, args.batch_size, device):
+            pixels.append(to_uint8(batch))
+            bar.update(len(batch))
+    seconds = time.time() - started
+    report = evaluate(ImageSet(torch.cat(pixels), labels, real.train.classes), real, memorization=False)
+    numbers = {"network_calls": calls, "fd_test": report.get("fd_test_all", report["generated"]["fd_test"]),
+               "fd_train": report.get("fd_train_all", report["generated"]["fd_train"]),
+               "precision": report["generated"]["precision"], "recall": report["generated"]["recall"],
+               "seconds_per_1000": 1000 * seconds / len(labels)}
+    return numbers, {"metric": report["metric"], "n": report["n"], "floor": real.floor(len(labels)),
+                     "torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    run(main)
