@@ -5,7 +5,7 @@ python ./plot_results.py ../logs/RUN --output ../results/mine
 python ./plot_results.py ../results/mnist_cpu/samplers.json     samplers.pdf beside it
 
 Of a run: its losses (curves.csv, loss.pdf), its loss per noise level (loss_by_time.pdf), its evaluations where it has
-some (eval.pdf), and the same labels and noises after more and more epochs (samples.png)."""
+some (eval.pdf), and the same labels and noises after more and more epochs (samples_by_epoch.png)."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ def parse_args():
     parser = Parser(__doc__)
     parser.add_argument("source", help="a run folder, or a JSON file of compare_samplers.py")
     parser.add_argument("--output", default=None, metavar="FOLDER", help="where the figures go (default: see above)")
-    parser.add_argument("--epochs", type=positive, default=6, metavar="N", help="grids in samples.png (default 6)")
+    parser.add_argument("--epochs", type=positive, default=6, metavar="N", help="grids in samples_by_epoch.png (default 6)")
     parser.add_argument("--columns", type=positive, default=3, metavar="N", help="columns of each of them (default 3)")
     parser.add_argument("--overwrite", action="store_true", help="replace figures that exist")
     return parser.parse_args()
@@ -203,7 +203,7 @@ def plot_run(folder, args):
     if any(f"eval/{tag}" in curves for tags in EVALUATIONS.values() for tag in tags):
         makers["eval.pdf"] = lambda path: write_figure(path, plot_evaluations(curves, batch_size))
     if grids:
-        makers["samples.png"] = lambda path: write_png(path, samples_by_epoch(grids, per_row, args.epochs, args.columns))
+        makers["samples_by_epoch.png"] = lambda path: write_png(path, samples_by_epoch(grids, per_row, args.epochs, args.columns))
     return args.output or os.path.join(folder, "figures"), makers
 
 

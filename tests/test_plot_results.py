@@ -60,7 +60,7 @@ def plotted(tmp_path_factory):
 
 
 def test_the_figures_of_a_run(plotted):
-    names = {"curves.csv", "loss.pdf", "loss_by_time.pdf", "eval.pdf", "samples.png"}
+    names = {"curves.csv", "loss.pdf", "loss_by_time.pdf", "eval.pdf", "samples_by_epoch.png"}
     assert {path.name for path in plotted.iterdir()} == names
     for path in plotted.glob("*.pdf"):
         assert path.read_bytes().startswith(b"%PDF") and b"/Subtype /Image" not in path.read_bytes()  # lines, not pixels
@@ -83,7 +83,7 @@ def test_the_same_run_gives_the_same_files(plotted, tmp_path):
 
 
 def test_grids_of_the_first_and_the_last_epoch_side_by_side(plotted):
-    picture = Image.open(plotted / "samples.png")
+    picture = Image.open(plotted / "samples_by_epoch.png")
     caption = plot_results.CAPTION
     assert picture.height == caption + 19
     width = (picture.width + 8) // 2
@@ -138,4 +138,4 @@ def test_the_script(tmp_path):
     run = make_run(tmp_path / "run", grids=())
     done = subprocess.run([sys.executable, "plot_results.py", str(run)], cwd=CODE, capture_output=True, text=True)
     assert done.returncode == 0 and "loss.pdf" in done.stdout, done.stderr
-    assert not (run / "figures" / "samples.png").exists()
+    assert not (run / "figures" / "samples_by_epoch.png").exists()

@@ -1,0 +1,155 @@
+"""Build report.pdf: fill the numbers and tables of report.tex in from ../results, then run LaTeX.
+
+python writeup/build.py            (needs TeX Live with latexmk, TikZ and booktabs)
+
+In report.tex, \\val{FILE}{PATH}{FORMAT} is one number of one results file. PATH is the keys and list positions in a JSON
+file, or the words that a line of a text file begins with, up to the number; it may end in *FACTOR or /DIVISOR. FORMAT is
+Python's. \\rows{NAME} is the body of a table, made below. So no number of a measurement stands in report.tex itself."""
+
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "results"
+BUILD = HERE / ".build"
+
+
+@cache
+def read(name):
+    text = (RESULTS / name).read_text()
+    return json.loads(text) if name.endswith(".json") else text
+
+
+def value(name, path):
+    """The number (or text) that `path` names in a results file."""
+    path, factor = re.fullmatch(r"(.*?)([*/][\d.e-]+)?", path, re.S).groups()
+    found = read(name)
+    if isinstance(found, str):
+        match = re.search("^" + re.escape(path) + r"[^\d\n-]*(-?[\d.,]*\d(?:e-?\d+)?)", found, re.M)
+        if not match:
+            sys.exit(f"build.py: {name} has no line that begins with {path!r} and a number")
+        found = float(match[1].replace(",", ""))
+    else:
+        for key in path.split("."):
+            try:
+                found = found[int(key)] if isinstance(found, list) else found[key]
+            except (KeyError, IndexError, ValueError, TypeError):
+                sys.exit(f"build.py: {name} has no {path}")
+    if factor:
+        number = float(factor[1:])
+        found = found * number if factor[0] == "*" else found / number
+    return found
+
+
+def val(name, path, form=""):
+    found = value(name, path)
+    if form.endswith(("d", ",")) and isinstance(found, float):
+        found = round(found)
+    return format(found, form).replace("%", r"\%").replace("e-0", "e-")
+
+
+# ---- tables: each yields rows of cells
+
+def mean(values, form):
+    text = format(statistics.mean(values), form)
+    return text + (rf" $\pm$ {format(statistics.stdev(values), form)}" if len(values) > 1 else "")
+
+
+def samplers():
+    """compare_samplers.py's rows, fewest network calls first."""
+    groups = {}
+    for row in read("mnist_cpu/samplers.json")["rows"]:
+        groups.setdefault(json.dumps(row["way"]), []).append(row)
+    for same in sorted(groups.values(), key=lambda rows: rows[0]["network_calls"]):
+        way = same[0]["way"]
+        more = [rf"$\eta = {way['eta']:g}$"] if way.get("eta") and way["sampler"] == "dpmpp_2m" else []
+        if "guidance_interval" in way:
+            hi = way["guidance_interval"][1]
+            more.append(rf"only $\sigma \leq {hi:g}$ guided")
+        yield [NAMES[way["sampler"]] + (f" ({', '.join(more)})" if more else ""), way["steps"], same[0]["network_calls"],
+               len(same), mean([100 * row["label_accuracy"] for row in same], ".2f"),
+               mean([row["fd_train"] for row in same], ".3f"), mean([row["recall"] for row in same], ".3f")]
+
+
+NAMES = {"dpmpp_2m": "DPM++(2M)", "heun": "Heun", "euler": "Euler (DDIM)", "euler_ancestral": "DDPM (ancestral)"}
+# of ablations.json: (checkpoint, what is set otherwise than in the first row) -> what that is
+CHANGES = {("mnist_cpu", ""): "none", ("mnist_cpu", "eta 0.0"): r"no noise on the way, $\eta = 0$",
+           ("mnist_cpu", "guidance_scale 1.2"): "less guidance, 1.2", ("mnist_cpu", "guidance_scale 1.6"): "more guidance, 1.6",
+           ("adamw", ""): "trained with AdamW, not Muon",
+           ("attention_P_std_1.1", ""): r"attention at $7 \times 7$, $P_{\mathrm{std}} = 1.1$"}
+
+
+def ablations():
+    found = read("mnist_cpu/ablations.json")["rows"]
+    usual = found[0]["way"]
+    by_change = {(Path(row["model"]).name.removesuffix(".pth.tar"),
+                  ", ".join(f"{key} {x}" for key, x in row["way"].items() if x != usual[key])): row for row in found}
+    for change, name in CHANGES.items():
+        row = by_change[change]
+        yield [name, f"{row['fd_train']:.3f}", f"{100 * row['label_accuracy']:.2f}", f"{row['precision']:.3f}",
+               f"{row['recall']:.3f}"]
+
+
+def evaluation():
+    plain, unguided = read("mnist_cpu/evaluation.json"), read("mnist_cpu/unguided.json")
+    for name, key, factor, form in (("FD (classifier) to training digits", "fd_train", 1, ".3f"),
+                                    ("FD (classifier) to test digits", "fd_test", 1, ".3f"),
+                                    (r"kernel distance $\times 1000$", "kd", 1000, ".2f"),
+                                    ("precision", "precision", 1, ".3f"), ("recall", "recall", 1, ".3f"),
+                                    (r"label accuracy (\%)", "label_accuracy", 100, ".2f")):
+        columns = plain["generated"], unguided["generated"], plain["floor"], plain["ceiling"]
+        yield [name, *(format(factor * c[key], form) if key in c else "--" for c in columns)]
+
+
+def controls():
+    for row in read("memorization/controls.json")["sets"]:
+        kind = "no copies" if row["kind"] == "none" else row["kind"]
+        yield [kind, f"{100 * row['true_share']:g}",
+               f"{100 * row['share']:.1f} ({100 * row['share_low']:.1f} to {100 * row['share_high']:.1f})",
+               "yes" if row["detected"] else "no"]
+
+
+def speed():
+    names = {"training": "ours", "training, naively": "ours, naive attention, eager", "lucidrains": "lucidrains' UNet",
+             "diffusers": "diffusers, two blocks a level", "diffusers, one block a level": "diffusers, one block a level"}
+    for row in read("benchmark.json")["rows"]:
+        if row["config"].endswith("/mnist.yaml") and row["row"] in names:
+            yield [names[row["row"]], f"{row['parameters'] / 1e6:.2f}", f"{row['operations'] / 1e9:.2f}",
+                   f"{row['images_per_s']:.1f}", f"{row['peak_memory'] / 2 ** 30:.2f}", rf"{100 * row['share']:.0f}",
+                   f"{row['images_per_s_ratio']:.2f}" if "images_per_s_ratio" in row else "--"]
+
+
+def rows(name):
+    return "\n".join(" & ".join(map(str, cells)) + r" \\" for cells in globals()[name]())
+
+
+def fill(text):
+    """report.tex with its numbers and tables in it."""
+    text = re.sub(r"\\val\{([^}]*)\}\{([^}]*)\}\{([^}]*)\}", lambda match: val(*match.groups()), text)
+    return re.sub(r"\\rows\{([^}]*)\}", lambda match: rows(match[1]), text)
+
+
+def main():
+    BUILD.mkdir(exist_ok=True)
+    (BUILD / "report.tex").write_text(fill((HERE / "report.tex").read_text()))
+    if not shutil.which("latexmk"):
+        sys.exit("build.py: latexmk is missing: install TeX Live (Debian: texlive-latex-extra texlive-pictures latexmk)")
+    done = subprocess.run(["latexmk", "-pdf", "-interaction=nonstopmode", "-halt-on-error", "-silent", "report.tex"],
+                          cwd=BUILD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = (BUILD / "report.log").read_text(errors="replace")
+    wrong = re.findall(r"^(?:! .*|Overfull .*|LaTeX Warning: (?:Reference|Citation).*)$", log, re.M)
+    if done.returncode or wrong:
+        sys.exit("build.py: " + "\nbuild.py: ".join(wrong or ["LaTeX failed: see writeup/.build/report.log"]))
+    shutil.copy(BUILD / "report.pdf", HERE / "report.pdf")
+    pages = re.search(r"Output written on report.pdf \((\d+) pages", log)[1]
+    print(f"report.pdf: {pages} pages")
+
+
+if __name__ == "__main__":
+    main()
