@@ -79,10 +79,13 @@ def interval(text):
     return lo, hi
 
 
-def check_output(path, overwrite, flag="--output"):
-    """Refuse to replace a file unasked, and to write where no folder is, before the work instead of after it."""
+def check_output(path, overwrite=None, flag="--output"):
+    """Refuse to replace a file unasked, and to write where no folder is, before the work instead of after it.
+
+    overwrite: what --overwrite says; None where a script has no such flag.
+    """
     if os.path.exists(path) and not overwrite:
-        raise UsageError(f"{flag}: {path} exists; give another name, or --overwrite")
+        raise UsageError(f"{flag}: {path} exists; give another name" + (", or --overwrite" if overwrite is False else ""))
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UsageError(f"{flag}: cannot write into {folder}")

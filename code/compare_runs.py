@@ -55,8 +55,8 @@ def parse_args():
     if not args.output.endswith(".json"):
         raise UsageError(f"--output: {args.output} must end in .json")
     if not os.path.exists(args.output):  # one of ours is added to
-        check_output(args.output, overwrite=False)
-        check_output(args.output[:-len("json")] + "md", overwrite=False)
+        check_output(args.output)
+        check_output(args.output[:-len("json")] + "md")
     return args
 
 

@@ -99,7 +99,7 @@ def main():
     if args.evaluate:
         path = args.output.removesuffix(".json")
         for ending in ("json", "png"):
-            check_output(f"{path}.{ending}", False)
+            check_output(f"{path}.{ending}")
         return report(*args.evaluate, held_out(data, split), data, split, device, path)
     folder, resume_path, state = find_place(args, config)
 
