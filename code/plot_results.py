@@ -19,11 +19,14 @@ import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from cli import Parser, check_output, positive, run
+from libs.autoencoder_training import GRID_ROW
+from libs.autoencoder_training import NAME as AUTOENCODER
 from libs.errors import UsageError, reason, shown
 from libs.files import whole_file
 from libs.pictures import CAPTION, write_png
 
 WIDTH = 6.3  # inches: the text of an A4 page
+TENTHS = "loss_by_time/"  # and the tenth's beginning: train.py's tags
 STYLES = [("black", "o", "-"), ("0.45", "s", "--"), ("black", "^", ":"), ("0.45", "D", "-."), ("black", "v", "--")]
 
 
@@ -31,7 +34,7 @@ def parse_args():
     parser = Parser(__doc__)
     parser.add_argument("source", help="a run folder, or a JSON file of compare_samplers.py")
     parser.add_argument("--output", default=None, metavar="FOLDER", help="where the figures go (default: see above)")
-    parser.add_argument("--epochs", type=positive, default=6, metavar="N", help="grids in samples_by_epoch.png (default 6)")
+    parser.add_argument("--epochs", type=positive, default=6, metavar="N", help="grids side by side (default 6)")
     parser.add_argument("--columns", type=positive, default=3, metavar="N", help="columns of each of them (default 3)")
     parser.add_argument("--overwrite", action="store_true", help="replace figures that exist")
     return parser.parse_args()
@@ -63,17 +66,22 @@ def read_curves(folder):
     """tag -> [(step, value)], of all scalars on a run's TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(os.path.join(folder, "logs"), size_guidance={"scalars": 0})
+    logs = os.path.join(folder, "logs")
+    if not os.path.isdir(logs):
+        return {}
+    events = EventAccumulator(logs, size_guidance={"scalars": 0})
     events.Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def read_config(folder):
+    """(images in a batch, images in each row of a grid)"""
     try:
-        with open(os.path.join(folder, "config.txt")) as f:
+        with open(os.path.join(folder, "config.txt"), encoding="utf-8") as f:
             config = yaml.safe_load(f)
-        return config["loader"]["batch_size"], config["train_cfg"]["num_eval_samples"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as e:
+        per_row = GRID_ROW if config["model_name"] == AUTOENCODER else config["train_cfg"]["num_eval_samples"]
+        return config["loader"]["batch_size"], per_row
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as e:
         raise UsageError(f"{folder} is no run folder: its config.txt cannot be read ({reason(e)})") from None
 
 
@@ -91,18 +99,23 @@ def write_curves(path, curves):
         f.write(text.getvalue().encode())
 
 
+def draw_curve(axis, points, **style):
+    """A line through (step, value) pairs; a value that is not finite leaves a gap."""
+    axis.plot([step for step, _ in points], [y if math.isfinite(y) else math.nan for _, y in points], **style)
+
+
 def plot_loss(curves, batch_size):
     """The loss above, what governs it below."""
-    figure, (top, middle, bottom) = new_figure(3, 1.7)
-    for axis, tag, label in ((top, "train/loss", "training loss"), (middle, "train/lr", "learning rate"),
-                             (bottom, "train/grad_norm", "gradient norm")):
-        axis.plot(*zip(*curves[tag]), color="black", linewidth=1)
+    panels = [(tag, label) for tag, label in (("train/loss", "training loss"), ("train/lr", "learning rate"),
+                                              ("train/grad_norm", "gradient norm")) if tag in curves]
+    figure, axes = new_figure(len(panels), 1.7)
+    for axis, (tag, label) in zip(axes, panels):
+        draw_curve(axis, curves[tag], color="black", linewidth=1)
         axis.set_ylabel(label)
-    values = sorted(value for _, value in curves["train/loss"])
-    if values[0] > 0 and values[-1] > 4 * values[len(values) // 2]:  # else the start hides the rest
-        top.set_yscale("log")
-    bottom.set_yscale("log")
-    bottom.set_xlabel(f"updates of {batch_size} images")
+        values = sorted(value for _, value in curves[tag] if math.isfinite(value))
+        if values and values[0] > 0 and values[-1] > 4 * values[len(values) // 2]:  # else the start hides the rest
+            axis.set_yscale("log")
+    axes[-1].set_xlabel(f"updates of {batch_size} images")
     return figure
 
 
@@ -124,16 +137,19 @@ def plot_tenths(curves, batch_size):
     from matplotlib import colormaps
 
     figure, (axis,) = new_figure(1, 3)
-    tags = sorted(tag for tag in curves if tag.startswith("loss_by_time/"))
-    values = [value for tag in tags for _, value in curves[tag]]
-    low, high = math.log(min(values)), math.log(max(values))
-    places = spread([math.log(curves[tag][-1][1]) for tag in tags], 0.055 * (high - low))
-    for k, (tag, place) in enumerate(zip(tags, places)):
-        color = colormaps["viridis"](0.9 * k / max(len(tags) - 1, 1))
-        axis.plot(*zip(*curves[tag]), color=color, linewidth=1)
-        start = float(tag.split("/")[1])
+    tenths = {tag.split("/")[1]: [(step, value) for step, value in curves[tag] if 0 < value < math.inf]
+              for tag in sorted(curves) if tag.startswith(TENTHS)}
+    tenths = {start: points for start, points in tenths.items() if points}
+    logs = [math.log(value) for points in tenths.values() for _, value in points]
+    low, high = min(logs), max(logs)
+    margin = 0.03 * (high - low) or 0.1
+    low, high = low - margin, high + margin
+    places = spread([math.log(points[-1][1]) for points in tenths.values()], 0.055 * (high - low))
+    for k, ((start, points), place) in enumerate(zip(tenths.items(), places)):
+        color = colormaps["viridis"](0.9 * k / max(len(tenths) - 1, 1))
+        axis.plot(*zip(*points), color=color, linewidth=1)
         line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
-        axis.annotate(f"{start:.1f} to {start + 0.1:.1f}", curves[tag][-1], (1.03, (place - low) / (high - low)),
+        axis.annotate(f"{start} to {float(start) + 0.1:.1f}", points[-1], (1.03, (place - low) / (high - low)),
                       textcoords="axes fraction", va="center", fontsize=7, arrowprops=line, annotation_clip=False)
     axis.set_yscale("log")
     axis.set_ylim(math.exp(low), math.exp(high))
@@ -144,8 +160,8 @@ def plot_tenths(curves, batch_size):
 
 
 # the axes of eval.pdf: label -> tags
-EVALUATIONS = {"Frechet distance": ("fd_train", "fd_test", "fd_floor"), "share": ("precision", "recall", "label_accuracy"),
-               "PSNR (dB)": ("psnr",), "SSIM": ("ssim",)}
+EVALUATIONS = {"Frechet distance": ("fd_train", "fd_test", "fd_floor"),
+               "share": ("precision", "recall", "label_accuracy"), "PSNR (dB)": ("psnr",), "SSIM": ("ssim",)}
 
 
 def plot_evaluations(curves, batch_size):
@@ -154,8 +170,8 @@ def plot_evaluations(curves, batch_size):
     figure, axes = new_figure(len(panels), 1.8)
     for axis, (label, tags) in zip(axes, panels.items()):
         for tag, (color, marker, line) in zip(tags, STYLES):
-            axis.plot(*zip(*curves[f"eval/{tag}"]), color=color, marker=marker, linestyle=line, markersize=3, linewidth=1,
-                      label=tag.replace("_", " "))
+            draw_curve(axis, curves[f"eval/{tag}"], color=color, marker=marker, linestyle=line, markersize=3,
+                       linewidth=1, label=tag.replace("_", " "))
         axis.set_ylabel(label)
         if label == "Frechet distance":
             axis.set_yscale("log")
@@ -198,43 +214,54 @@ def plot_run(folder, args):
     grids = sample_grids(folder)
     makers = {"curves.csv": lambda path: write_curves(path, curves),
               "loss.pdf": lambda path: write_figure(path, plot_loss(curves, batch_size))}
-    if any(tag.startswith("loss_by_time/") for tag in curves):
+    if any(0 < value < math.inf for tag in curves if tag.startswith(TENTHS) for _, value in curves[tag]):
         makers["loss_by_time.pdf"] = lambda path: write_figure(path, plot_tenths(curves, batch_size))
     if any(f"eval/{tag}" in curves for tags in EVALUATIONS.values() for tag in tags):
         makers["eval.pdf"] = lambda path: write_figure(path, plot_evaluations(curves, batch_size))
     if grids:
-        makers["samples_by_epoch.png"] = lambda path: write_png(path, samples_by_epoch(grids, per_row, args.epochs, args.columns))
+        sheet = samples_by_epoch(grids, per_row, args.epochs, args.columns)
+        makers["samples_by_epoch.png"] = lambda path: write_png(path, sheet)
     return args.output or os.path.join(folder, "figures"), makers
 
 
 # ---- a comparison of samplers
 
-def read_rows(path):
+def read_comparison(path):
+    """(what the file says of all rows, [(series, network calls, Frechet distance)]).
+
+    A series is one model drawn in one way, with any number of steps. It is named by what sets it apart from the others.
+    """
     try:
-        with open(path) as f:
+        with open(path, encoding="utf-8") as f:
             saved = json.load(f)
-        return saved, [(row["way"]["sampler"], row["way"].get("eta") or 0, row["network_calls"], row["fd_train"])
-                       for row in saved["rows"]]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UsageError(f"{path} is no file of compare_samplers.py ({reason(e)})") from None
+        rows = [({"model": os.path.basename(row["model"]).split(".")[0], "hash": row["hash"],
+                  **{key: str(value) for key, value in row["way"].items() if key != "steps"}},
+                 row["network_calls"], row["fd_train"]) for row in saved["rows"]]
+        saved["metric"], saved["n"], saved["floor"], rows[0]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+        raise UsageError(f"{path} is no file of compare_samplers.py with rows in it ({reason(e)})") from None
+    keys = list(dict.fromkeys(key for series, _, _ in rows for key in series))
+    apart = [key for key in keys if len({series.get(key) for series, _, _ in rows}) > 1]
+    return saved, [(", ".join(series[key] if key in ("model", "hash", "sampler") else f"{key} {series[key]}"
+                              for key in apart if key in series) or series["sampler"], calls, fd)
+                   for series, calls, fd in rows]
 
 
 def plot_samplers(saved, rows):
-    """Frechet distance over network calls: a line for each sampler, mean and standard deviation over the seeds."""
+    """Frechet distance over network calls: a line for each series, mean and standard deviation over the seeds."""
     figure, (axis,) = new_figure(1, 3)
-    samplers = list(dict.fromkeys((sampler, eta) for sampler, eta, _, _ in rows))
-    for k, (sampler, eta) in enumerate(samplers):
+    for k, name in enumerate(dict.fromkeys(series for series, _, _ in rows)):
         points = {}
-        for name, noise, calls, fd in rows:
-            if (name, noise) == (sampler, eta):
+        for series, calls, fd in rows:
+            if series == name:
                 points.setdefault(calls, []).append(fd)
         calls = sorted(points)
+        means = [statistics.mean(points[c]) for c in calls]
+        deviations = [statistics.stdev(points[c]) if len(points[c]) > 1 else 0 for c in calls]
         color, marker, line = STYLES[k % len(STYLES)]
-        axis.errorbar(calls, [statistics.mean(points[c]) for c in calls],
-                      [statistics.stdev(points[c]) if len(points[c]) > 1 else 0 for c in calls], color=color, marker=marker,
-                      linestyle=line, markersize=4, linewidth=1, capsize=2, label=f"{sampler}, eta {eta:g}" if eta else sampler)
-    if not math.isnan(saved.get("floor", math.nan)):
-        axis.axhline(saved["floor"], color="0.7", linewidth=0.8, label="real test images")
+        axis.errorbar(calls, means, deviations, color=color, marker=marker, linestyle=line, markersize=4, linewidth=1,
+                      capsize=2, label=name)
+    axis.axhline(saved["floor"], color="0.7", linewidth=0.8, label="real test images")
     axis.set_xscale("log")
     axis.set_xlabel("network calls an image")
     axis.set_ylabel(f"{saved['metric']}, n = {saved['n']:,}")
@@ -243,9 +270,10 @@ def plot_samplers(saved, rows):
 
 
 def plot_comparison(path, args):
-    saved, rows = read_rows(path)
+    saved, rows = read_comparison(path)
     name = os.path.splitext(os.path.basename(path))[0] + ".pdf"
-    return args.output or os.path.dirname(path) or ".", {name: lambda path: write_figure(path, plot_samplers(saved, rows))}
+    figure = plot_samplers(saved, rows)
+    return args.output or os.path.dirname(path) or ".", {name: lambda path: write_figure(path, figure)}
 
 
 def main():

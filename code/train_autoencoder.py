@@ -15,8 +15,8 @@ from collections import defaultdict
 import torch
 
 from cli import Parser, add_training_flags, check_output, run
-from libs.autoencoder_training import (WHOLE_FROM, TrainedTAESD, build_optimizer, draw_crops, evaluate, load_images,
-                                       load_settings)
+from libs.autoencoder_training import (GRID_ROW, WHOLE_FROM, TrainedTAESD, build_optimizer, draw_crops, evaluate,
+                                       load_images, load_settings)
 from libs.checkpoint import check_data, set_aside_later
 from libs.classifier import file_hash
 from libs.datasets import describe_dataset
@@ -150,7 +150,7 @@ def main():
         scalars |= {f"latents/{tag}_{c}": x for tag in ("mean", "std") for c, x in enumerate(latents[tag])}
         out.scalars({**scalars, "latents/beyond_2.5": latents["beyond_2.5"]}, step)
         name = f"sample-{-(-step // updates) - 1}.png"
-        write_png(os.path.join(folder, name), grid(others, 5))
+        write_png(os.path.join(folder, name), grid(others, GRID_ROW))
         for tag, x in (("images", images), ("reconstructions", others)):
             out.board.add_images(tag, x, step)
         out.say(f"saved {shown(out.last_good)} and {name}: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f} "

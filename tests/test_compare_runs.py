@@ -12,8 +12,9 @@ import compare_runs
 from cli import run
 from helpers import Place, tree
 from libs.drawing import draw_images
-from libs.evaluation import RealImages, denoising_error, evaluate, labels_like
-from libs.images import ImageSet, to_uint8
+from libs.evaluation import RealImages, denoising_error, labels_like
+from libs.fid import FeatureStatistics, frechet_distance
+from libs.images import to_uint8
 from libs.models import load_model
 
 
@@ -25,12 +26,12 @@ def place(tmp_path):
     tree(place.root / "images", {split: ["cat", "dog"] for split in ("train", "test")}, 6, height=40, width=40)
     place.settings = ["dataset.img_size=32", "eval.features=autoencoder",
                       *(f"{k}={v}" for k, v in place.autoencoder().items())]
-    place.runs = [place.run("ddpm_0"), place.run("ddpm_1"), place.run("edm_0", "model_name=EDM")]
+    place.runs = [place.run("ddpm_0", "seed=4"), place.run("ddpm_1", "seed=5"), place.run("edm_0", "model_name=EDM")]
     return place
 
 
-def make_run(place, name, *settings):
-    path = place.checkpoint(*place.settings, *settings, classes=["cat", "dog"])
+def make_run(place, name, *settings, classes=("cat", "dog")):
+    path = place.checkpoint(*place.settings, *settings, classes=list(classes))
     shutil.move(path, place.root / f"{name}.pth.tar")
     return f"{name}.pth.tar"
 
@@ -54,19 +55,22 @@ def test_rows_and_tables(place, call):
     assert [(r["kind"], r["network_calls"]) for r in saved["rows"]] == [("DDPM", 4), ("DDPM", 4), ("EDM", 3)]
     assert [r["kind"] for r in saved["errors"]] == ["DDPM", "DDPM", "EDM"]
 
-    # the second run's row, by hand
+    # the second run's row, by hand: more samples than there are test images, and training images
     model, config = load_model(str(place.root / place.runs[1]))
     real = RealImages(config, "cpu")
     labels = labels_like(real.test.labels, 2, 20)
-    images = next(draw_images(model, labels, {"sampler": "ddim", "steps": 4}, seed=3))
-    report = evaluate(ImageSet(to_uint8(images), labels), real, memorization=False)
-    assert report["n"] == 12 and saved["rows"][1]["fd_test"] == pytest.approx(report["fd_test_all"], rel=1e-4)
-    assert saved["rows"][1]["recall"] == report["generated"]["recall"]
-    x = model.encode(real.test.take().images / 255)
-    errors = denoising_error(model, x, real.test.labels, saved["sigmas"])
-    assert saved["errors"][1]["test"] == pytest.approx(errors, rel=1e-4)
-    x = model.encode(real.train.take().images / 255)
-    assert saved["errors"][1]["train"] == pytest.approx(denoising_error(model, x, real.train.labels, saved["sigmas"]), rel=1e-4)
+    images = to_uint8(next(draw_images(model, labels, {"sampler": "ddim", "steps": 4}, seed=3)))
+    drawn = FeatureStatistics(real.extractor.dim).update(real.extractor(images))
+    for split in ("train", "test"):
+        assert saved["rows"][1][f"fd_{split}"] == pytest.approx(frechet_distance(drawn, real.statistics[split]), rel=1e-3)
+    floors = []
+    for draw in range(5):
+        features = real.like_test("train", 20, draw)
+        floors.append(frechet_distance(FeatureStatistics(features.shape[1]).update(features), real.statistics["test"]))
+    assert saved["floor"] == pytest.approx(statistics.mean(floors), rel=1e-6)
+    for split, images in (("test", real.test), ("train", real.train)):
+        errors = denoising_error(model, model.encode(images.take().images / 255), images.labels, saved["sigmas"])
+        assert saved["errors"][1][split] == pytest.approx(errors, rel=1e-4)
 
     # the tables: one line a kind and way, mean and deviation over its runs
     lines = (place.root / "t.md").read_text().splitlines()
@@ -90,22 +94,61 @@ def test_rows_and_tables(place, call):
 def test_errors_alone(place, call):
     status, out, err = call(place.runs[2], "--output", "e.json")
     assert status == 0, err
-    assert "EDM, 4 images seen, held out" in out and "network calls" not in out
+    assert "EDM, 4 images seen, held out |" in out and "network calls" not in out
     assert json.loads((place.root / "e.json").read_text())["rows"] == []
 
 
+def test_fewer_samples_than_test_images(place, call):
+    """The distance is to all of them all the same."""
+    assert call(place.runs[0], "--way", "DDPM=ddpm", "--num", 10, "--output", "f.json")[0] == 0
+    row, = json.loads((place.root / "f.json").read_text())["rows"]
+    assert row["way"]["steps"] == 10  # all timesteps, written out
+    model, config = load_model(str(place.root / place.runs[0]))
+    real = RealImages(config, "cpu")
+    images = to_uint8(next(draw_images(model, labels_like(real.test.labels, 2, 10), {"sampler": "ddpm"}, seed=0)))
+    drawn = FeatureStatistics(real.extractor.dim).update(real.extractor(images))
+    assert row["fd_test"] == pytest.approx(frechet_distance(drawn, real.statistics["test"]), rel=1e-3)
+
+
+def test_limit_and_settings(place, call):
+    """What a run never saw is not its training data; other settings are another kind."""
+    runs = [place.run("few", "dataset.limit=4"), place.run("other", "dataset.limit=4", "train_cfg.lr=0.1")]
+    status, out, err = call(*runs, "--output", "l.json")
+    assert status == 0, err
+    saved = json.loads((place.root / "l.json").read_text())
+    assert len({row["settings"] for row in saved["errors"]}) == 2 and "±" not in out.splitlines()[-1]
+    model, config = load_model(str(place.root / runs[0]))
+    train = RealImages(config, "cpu").train
+    assert len(train) == 4
+    errors = denoising_error(model, model.encode(train.take().images / 255), train.labels, saved["sigmas"])
+    assert saved["errors"][0]["train"] == pytest.approx(errors, rel=1e-4)
+
+
 def test_refusals(place, call):
-    other = place.run("other", "dataset.limit=3")
+    limited = place.run("limited", "dataset.limit=3")
     torch.save({k: v + 1 for k, v in torch.load(place.root / "encoder.pth").items()}, place.root / "encoder2.pth")
     latents = place.run("latents", f"model.vae_encoder_weights={place.root / 'encoder2.pth'}")
+    pixels = place.run("pixels", "model.use_vae=false")
+    swapped = place.run("swapped", "seed=9", classes=["dog", "cat"])
     (place.root / "x.json").write_text("{}")
+    (place.root / "y.json").write_text('{"errors": [], "rows": [], "num": 3}')
+    before = place.files()
     for arguments, word in ((["--way", "VAE=heun:2"], "VAE"), (["--way", "EDM=heun:0"], "steps"),
-                            (["--way", "DDPM=bogus:2"], "bogus"), ([other], "other.pth.tar"), ([latents], "another autoencoder"),
-                            (["--output", "x.json"], "x.json"), (["--output", "x.txt"], "x.txt")):
+                            (["--way", "DDPM=bogus:2"], "bogus"), ([limited], "limited.pth.tar: its dataset.limit is 3"),
+                            ([latents], "latents.pth.tar: what it diffuses"), ([pixels], "pixels.pth.tar: what it diffuses"),
+                            ([swapped], "swapped.pth.tar: its classes"), (["--num", "9"], "10 is the least"),
+                            (["--output", "x.json"], "x.json is no file"), (["--output", "x.txt"], "x.txt"),
+                            (["--output", "y.json"], "y.json has num 3, not 2000")):
         status, _, err = call(*place.runs, *arguments)
         assert status == 2 and word in err and len(err.splitlines()) == 1, (arguments, err)
-    status, _, err = call(place.runs[0], "--way", "EDM=heun:2")
-    assert status == 2 and "none of the runs is of the kind EDM" in err
+    for runs, word in (([pixels, *place.runs], "what it diffuses is not what pixels"),
+                       ([place.runs[0], place.runs[0].replace("_0", "_0b")], "is the same run as ddpm_0.pth.tar"),
+                       ([swapped], "its classes are not those of the data set"),
+                       ([place.runs[0], "--way", "EDM=heun:2"], "none of the runs is of the kind EDM")):
+        shutil.copy(place.root / "ddpm_0.pth.tar", place.root / "ddpm_0b.pth.tar")
+        status, _, err = call(*runs)
+        assert status == 2 and word in err and len(err.splitlines()) == 1, (runs, err)
+    assert [f for f in place.files() if ".features" not in f and "0b" not in f] == before
 
 
 Place.run = make_run

@@ -5,9 +5,9 @@ import torch
 
 from helpers import one_line
 from libs import UsageError
-from libs.evaluation import RealImages, denoising_error, evaluate, labels_like, scalars
+from libs.evaluation import RealImages, against, denoising_error, evaluate, labels_like, scalars
 from libs.features import Extractor
-from libs.fid import FeatureStatistics, frechet_distance
+from libs.fid import FeatureStatistics, frechet_distance, precision_recall
 from libs.images import ImageSet
 
 
@@ -85,6 +85,30 @@ def test_all_sets_have_the_same_n():
         assert many[f"fd_{split}_all"] == pytest.approx(frechet_distance(drawn, REAL.statistics[split]))
 
 
+def test_the_floor_is_that_of_images_with_the_samples_classes():
+    """Samples have the test set's shares of classes, so the test images in their place have them too, in every draw."""
+    share = float((REAL.test.labels == 1).double().mean())
+    draws = [REAL.like_test("test", 100, draw) for draw in range(5)]
+    for features in draws:
+        assert len(features) == 100 and abs((features[:, 0] > 127).double().mean() - share) < 0.01
+    assert not torch.equal(draws[0].sort(0)[0], draws[1].sort(0)[0])
+    train = FeatureStatistics(4).update(REAL.some("train", 100))
+    expected = [frechet_distance(FeatureStatistics(4).update(features), train) for features in draws]
+    assert REAL.baselines(100)[0]["fd_train"] == pytest.approx(sum(expected) / 5)
+
+
+def test_against_all():
+    drawn = images(100, 5)
+    found, features = against(drawn, REAL), Corners()(drawn.images)
+    for split in ("train", "test"):
+        distance = frechet_distance(FeatureStatistics(4).update(features), REAL.statistics[split])
+        assert found[f"fd_{split}"] == pytest.approx(distance)
+    assert (found["precision"], found["recall"]) == precision_recall(REAL.some("train", 100), features)
+    floors = [frechet_distance(FeatureStatistics(4).update(REAL.like_test("train", 100, draw)), REAL.statistics["test"])
+              for draw in range(5)]
+    assert REAL.floor(100) == pytest.approx(sum(floors) / 5)
+
+
 def test_a_set_that_is_sorted_by_class_is_not_cut_by_class():
     real, drawn = real_images(images(2000, 1), images(1000, 2)), images(2000, 3)
     ordered = drawn.take(drawn.labels.argsort())
@@ -108,21 +132,25 @@ def test_what_cannot_be_compared():
 
 
 class Shrink:
-    """denoise(x) = factor(sigma) x, whatever the label."""
+    """denoise(x) = factor(sigma, label) x."""
 
     def __init__(self, factor):
-        self.factor = factor
+        self.factor, self.seen = factor, []
 
     def denoise(self, x, sigma, label):
-        return self.factor(sigma) * x
+        self.seen.append(x)
+        return self.factor(sigma, label)[:, None, None, None] * x
 
 
 def test_denoising_error_in_closed_form():
-    """Data N(0, s^2): the best denoiser x s^2 / (s^2 + sigma^2) errs by s^2 sigma^2 / (s^2 + sigma^2), none by sigma^2."""
-    s, sigmas = 0.5, [0.05, 0.5, 5.0]
-    x = s * torch.randn(150, 2, 32, 32, dtype=torch.float64)
-    labels = torch.zeros(150).long()
-    found = denoising_error(Shrink(lambda sigma: s ** 2 / (s ** 2 + sigma ** 2)), x, labels, sigmas)
-    assert found == pytest.approx([s ** 2 * k ** 2 / (s ** 2 + k ** 2) for k in sigmas], rel=0.01)
-    assert denoising_error(Shrink(lambda sigma: 1.0), x, labels, sigmas) == pytest.approx([k ** 2 for k in sigmas], rel=0.01)
-    assert denoising_error(Shrink(lambda sigma: 0.0), x, labels, sigmas[:1]) == pytest.approx([float(x.square().mean())])
+    """Data N(0, s_label^2): the best denoiser x s^2 / (s^2 + sigma^2) errs by s^2 sigma^2 / (s^2 + sigma^2)."""
+    s, sigmas, labels = torch.tensor([0.5, 2.0], dtype=torch.float64), [0.05, 0.5, 5.0], torch.arange(150) % 2
+    x = s[labels][:, None, None, None] * torch.randn(150, 2, 32, 32, dtype=torch.float64)
+    best = Shrink(lambda sigma, label: s[label] ** 2 / (s[label] ** 2 + sigma ** 2))
+    expected = [float((s ** 2 * sigma ** 2 / (s ** 2 + sigma ** 2)).mean()) for sigma in sigmas]
+    assert denoising_error(best, x, labels, sigmas) == pytest.approx(expected, rel=0.01)
+    idle = Shrink(lambda sigma, label: torch.ones(len(label)))
+    assert denoising_error(idle, x, labels, sigmas) == pytest.approx([k ** 2 for k in sigmas], rel=0.01)
+    assert all(torch.equal(a, b) for a, b in zip(best.seen, idle.seen, strict=True))  # the same noise for both
+    blind = Shrink(lambda sigma, label: torch.zeros(len(label)))
+    assert denoising_error(blind, x, labels, sigmas[:1]) == pytest.approx([float(x.square().mean())])

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import shutil
 import subprocess
 import sys
 
@@ -19,7 +21,7 @@ from libs.errors import UsageError
 def make_run(folder, grids=(1, 2, 3)):
     """A run folder with 30 updates, of which the last 10 come from a resumed process."""
     folder.mkdir()
-    config = {"loader": {"batch_size": 64}, "train_cfg": {"num_eval_samples": 4}}
+    config = {"model_name": "DDPM", "loader": {"batch_size": 64}, "train_cfg": {"num_eval_samples": 4}}
     (folder / "config.txt").write_text(yaml.safe_dump(config))
     for start, stop, purge in ((0, 25, None), (20, 30, 21)):  # updates 21 to 25 are done twice: the second time counts
         with SummaryWriter(str(folder / "logs"), purge_step=purge) as board:
@@ -103,11 +105,52 @@ def test_labels_move_apart_as_little_as_it_takes(values, least, right):
     assert plot_results.spread(values, least) == pytest.approx(right)
 
 
+def lines(axis):
+    return {line.get_label(): [list(map(float, line.get_xdata())), list(map(float, line.get_ydata()))]
+            for line in axis.get_lines()}
+
+
+def test_what_the_curves_show():
+    """A value that is no number is a gap; a tenth that was never positive is left out; one point is enough."""
+    curves = {"train/loss": [(1, 8.0), (2, math.nan), (3, 2.0), (4, 1.0)], "train/grad_norm": [(1, 0.0)],
+              "loss_by_time/0.0": [(1, 0.5)], "loss_by_time/0.1": [(1, 0.0)], "loss_by_time/0.9": [(1, 0.5), (2, math.inf)],
+              "eval/precision": [(2, 0.25)]}
+    top, bottom = plot_results.plot_loss(curves, 64).axes  # there is no learning rate
+    (steps, values), = lines(top).values()
+    assert steps == [1, 2, 3, 4] and values[:1] + values[2:] == [8, 2, 1] and math.isnan(values[1])
+    assert top.get_yscale() == "linear" and bottom.get_ylabel() == "gradient norm"
+    axis, = plot_results.plot_tenths(curves, 64).axes
+    assert list(lines(axis).values()) == [[[1], [0.5]], [[1], [0.5]]]
+    assert [text.get_text() for text in axis.texts] == ["0.0 to 0.1", "0.9 to 1.0"]
+    axis, = plot_results.plot_evaluations(curves, 64).axes
+    assert lines(axis) == {"precision": [[2], [0.25]]}
+
+
+def test_grids_of_an_autoencoder_have_rows_of_five(tmp_path):
+    run = make_run(tmp_path / "run")
+    config = yaml.safe_load((run / "config.txt").read_text()) | {"model_name": "TAESD"}
+    (run / "config.txt").write_text(yaml.safe_dump(config))
+    assert plot_results.read_config(run) == (64, 5)
+
+
+def row(sampler, calls, fd, **way):
+    return {"model": "../logs/a.pth.tar", "hash": "abc", "network_calls": calls, "fd_train": fd,
+            "way": {"sampler": sampler, "steps": calls, **way}}
+
+
 def test_a_comparison_of_samplers(tmp_path):
-    row = {"way": {"sampler": "heun", "steps": 9}, "network_calls": 17, "fd_train": 0.3}
+    """A line for each model and way; the mean and the deviation over the seeds, and over nothing else."""
     source = tmp_path / "samplers.json"
-    source.write_text(json.dumps({"metric": "FD (classifier)", "n": 1000, "floor": 0.4,
-                                  "rows": [row, {**row, "fd_train": 0.5}, {**row, "network_calls": 35}]}))
+    rows = [row("heun", 17, 0.3), row("heun", 17, 0.5), row("heun", 35, 0.2), row("dpmpp_2m", 20, 0.6, eta=0.5),
+            row("dpmpp_2m", 20, 0.7, eta=0.0), {**row("heun", 17, 0.9), "hash": "def"}]
+    source.write_text(json.dumps({"metric": "FD (classifier)", "n": 1000, "floor": 0.4, "rows": rows}))
+    axis, = plot_results.plot_samplers(*plot_results.read_comparison(source)).axes
+    found = {bars.get_label(): (list(bars.lines[0].get_xdata()), list(bars.lines[0].get_ydata())) for bars in axis.containers}
+    assert found == {"abc, heun": ([17, 35], [0.4, 0.2]), "abc, dpmpp_2m, eta 0.5": ([20], [0.6]),
+                     "abc, dpmpp_2m, eta 0.0": ([20], [0.7]), "def, heun": ([17], [0.9])}
+    (low, high), *_ = [segment[:, 1] for segment in axis.containers[0].lines[2][0].get_segments()]
+    assert (high - low) / 2 == pytest.approx(0.02 ** 0.5)  # of 0.3 and 0.5
+    assert lines(axis)["real test images"][1] == [0.4, 0.4]
     plot(source)
     assert (tmp_path / "samplers.pdf").read_bytes().startswith(b"%PDF")
     assert "samplers.pdf exists" in refusal(source)
@@ -115,7 +158,9 @@ def test_a_comparison_of_samplers(tmp_path):
 
 @pytest.mark.parametrize("spoil, word", [
     (lambda run: (run / "config.txt").unlink(), "is no run folder"),
+    (lambda run: (run / "config.txt").write_bytes(b"\xff"), "is no run folder"),
     (lambda run: [path.unlink() for path in (run / "logs").iterdir()], "no train/loss"),
+    (lambda run: shutil.rmtree(run / "logs"), "no train/loss"),
 ])
 def test_no_run_folder(tmp_path, spoil, word):
     run = make_run(tmp_path / "run")
@@ -124,7 +169,8 @@ def test_no_run_folder(tmp_path, spoil, word):
     assert not (run / "figures").exists()
 
 
-@pytest.mark.parametrize("content", ["{}", "[1]", "not JSON", '{"rows": [{"way": 1}]}'])
+@pytest.mark.parametrize("content", ["{}", "[1]", "not JSON", '{"rows": [{"way": 1}]}',
+                                     '{"metric": "FD", "n": 1, "floor": 1, "rows": []}', json.dumps({"rows": [row("heun", 1, 1)]})])
 def test_no_comparison(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     assert "no file of compare_samplers.py" in refusal(tmp_path / "x.json")

@@ -4,7 +4,8 @@ python writeup/build.py            (needs TeX Live with latexmk, TikZ and bookta
 
 In report.tex, \\val{FILE}{PATH}{FORMAT} is one number of one results file. PATH is the keys and list positions in a JSON
 file, or the words that a line of a text file begins with, up to the number; it may end in *FACTOR or /DIVISOR. FORMAT is
-Python's. \\rows{NAME} is the body of a table, made below. So no number of a measurement stands in report.tex itself."""
+Python's. \\rows{NAME} is the body of a table, made below. Measured values stand in report.tex in no other way; how long
+a command took is in results/README.md."""
 
 import json
 import re
@@ -23,7 +24,14 @@ BUILD = HERE / ".build"
 @cache
 def read(name):
     text = (RESULTS / name).read_text()
-    return json.loads(text) if name.endswith(".json") else text
+    if not name.endswith(".json"):
+        return text
+    found = json.loads(text)
+    if name == "benchmark.json":  # by.CONFIG.ROW, whatever the order of the rows
+        found["by"] = {}
+        for row in found["rows"]:
+            found["by"].setdefault(Path(row["config"]).stem, {})[row["row"]] = row
+    return found
 
 
 def value(name, path):
@@ -77,7 +85,7 @@ def samplers():
                mean([row["fd_train"] for row in same], ".3f"), mean([row["recall"] for row in same], ".3f")]
 
 
-NAMES = {"dpmpp_2m": "DPM++(2M)", "heun": "Heun", "euler": "Euler (DDIM)", "euler_ancestral": "DDPM (ancestral)"}
+NAMES = {"dpmpp_2m": "DPM++(2M)", "heun": "Heun", "euler": "Euler", "euler_ancestral": "DDPM (ancestral)"}
 # of ablations.json: (checkpoint, what is set otherwise than in the first row) -> what that is
 CHANGES = {("mnist_cpu", ""): "none", ("mnist_cpu", "eta 0.0"): r"no noise on the way, $\eta = 0$",
            ("mnist_cpu", "guidance_scale 1.2"): "less guidance, 1.2", ("mnist_cpu", "guidance_scale 1.6"): "more guidance, 1.6",
@@ -118,9 +126,9 @@ def controls():
 def speed():
     names = {"training": "ours", "training, naively": "ours, naive attention, eager", "lucidrains": "lucidrains' UNet",
              "diffusers": "diffusers, two blocks a level", "diffusers, one block a level": "diffusers, one block a level"}
-    for row in read("benchmark.json")["rows"]:
-        if row["config"].endswith("/mnist.yaml") and row["row"] in names:
-            yield [names[row["row"]], f"{row['parameters'] / 1e6:.2f}", f"{row['operations'] / 1e9:.2f}",
+    for kind, row in read("benchmark.json")["by"]["mnist"].items():
+        if kind in names:
+            yield [names[kind], f"{row['parameters'] / 1e6:.2f}", f"{row['operations'] / 1e9:.2f}",
                    f"{row['images_per_s']:.1f}", f"{row['peak_memory'] / 2 ** 30:.2f}", rf"{100 * row['share']:.0f}",
                    f"{row['images_per_s_ratio']:.2f}" if "images_per_s_ratio" in row else "--"]
 
@@ -137,12 +145,13 @@ def fill(text):
 
 def main():
     BUILD.mkdir(exist_ok=True)
+    (BUILD / "report.log").unlink(missing_ok=True)
     (BUILD / "report.tex").write_text(fill((HERE / "report.tex").read_text()))
     if not shutil.which("latexmk"):
         sys.exit("build.py: latexmk is missing: install TeX Live (Debian: texlive-latex-extra texlive-pictures latexmk)")
     done = subprocess.run(["latexmk", "-pdf", "-interaction=nonstopmode", "-halt-on-error", "-silent", "report.tex"],
                           cwd=BUILD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = (BUILD / "report.log").read_text(errors="replace")
+    log = (BUILD / "report.log").read_text(errors="replace") if (BUILD / "report.log").exists() else ""
     wrong = re.findall(r"^(?:! .*|Overfull .*|LaTeX Warning: (?:Reference|Citation).*)$", log, re.M)
     if done.returncode or wrong:
         sys.exit("build.py: " + "\nbuild.py: ".join(wrong or ["LaTeX failed: see writeup/.build/report.log"]))

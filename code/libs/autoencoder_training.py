@@ -11,6 +11,7 @@ from .optimizers import Muon
 from .seeds import seeded_generator
 from .tiny_autoencoder import DOWNSCALE, TAESD, Block
 
+GRID_ROW = 5  # reconstructions in each row of a run's grids
 NAME = "TAESD"  # model_name in its checkpoints: train.py and sample.py refuse them, and this refuses theirs
 
 # the settings of libs/config.py that say something here; training starts from vae_*_weights, at random where null

@@ -1,7 +1,7 @@
 """EDM: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models".
 
-The same UNet as DDPM's, preconditioned so that its input, its target and its loss have unit variance at
-every noise level. Equation and table numbers are of arXiv 2206.00364.
+The same UNet as DDPM's, preconditioned so that its input and its target have unit variance at every noise
+level, and weighted so that each counts alike. Equation and table numbers are of arXiv 2206.00364.
 """
 
 import torch

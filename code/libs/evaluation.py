@@ -16,6 +16,7 @@ from .seeds import seeded_generator
 
 KD_SUBSET = 1000  # rows of one estimate of the kernel distance, as is usual
 NOISE_IMAGES = 2000  # enough to say how far away noise is
+DRAWS = 5  # of as many test images as there are samples, for a floor
 
 
 class RealImages:
@@ -57,19 +58,37 @@ class RealImages:
         order = torch.randperm(len(self.sets[split]), generator=seeded_generator("reference", split))
         return self.features[split][order[:n]]
 
+    def like_test(self, split, n, draw=0):
+        """Features of `n` images in which the classes have the test set's shares, as samples have: other ones a `draw`.
+
+        Fewer than n where a class has too few images.
+        """
+        labels = self.sets[split].labels
+        order = torch.randperm(len(labels), generator=seeded_generator("floor", split, draw))
+        wanted = torch.bincount(labels_like(self.test.labels, len(self.train.classes), n))
+        return self.features[split][torch.cat([order[labels[order] == k][:count] for k, count in enumerate(wanted)])]
+
     def baselines(self, n):
-        """(floor, ceiling, images of the ceiling) at n images: the metrics of the test images and of noise. Kept."""
+        """(floor, ceiling, images of the ceiling) at n images: the metrics of the test images and of noise. Kept.
+
+        Where there are more test images than n, the floor is the mean of DRAWS times n of them.
+        """
         if n not in self.kept:
             train, test, count = self.some("train", n), self.some("test", n), min(n, NOISE_IMAGES)
+            draws = [test] if n == len(self.test) else [self.like_test("test", n, draw) for draw in range(DRAWS)]
+            floors = [_distances(features, train, None) for features in draws]
+            floor = {key: sum(each[key] for each in floors) / len(floors) for key in floors[0]}
             noise = torch.randint(256, (count, *self.train.shape[1:]), dtype=torch.uint8,
                                   generator=seeded_generator("noise"))
             noise = extract_features(self.extractor, noise.split(200))
-            self.kept[n] = _distances(test, train, None), _distances(noise, train, test), count
+            self.kept[n] = floor, _distances(noise, train, test), count
         return self.kept[n]
 
     def floor(self, n):
-        """Frechet distance of `n` training images to all test images: what `n` samples can reach."""
-        return frechet_distance(_statistics(self.some("train", n)), self.statistics["test"])
+        """Mean Frechet distance to all test images of `n` training images like them in class: the floor of `against`."""
+        distances = [frechet_distance(_statistics(self.like_test("train", n, draw)), self.statistics["test"])
+                     for draw in range(DRAWS)]
+        return sum(distances) / len(distances)
 
 
 def labels_like(labels, num_classes, n):
@@ -144,6 +163,20 @@ def evaluate(generated, real, memorization=True):
                                 (real.features["train"], real.features["test"]), mirrored=real.mirrored)
         report["memorization"] = test.report(generated.take().images, features)
     return report
+
+
+def against(generated, real):
+    """The distances of one set of generated images to *all* training and test images, whatever its size.
+
+    Returns name -> number: `fd_train`, `fd_test`; `precision` and `recall` with as many training images. What real images
+    get in place of these is `real.floor`.
+    """
+    features = extract_features(real.extractor, generated.batches(200))
+    statistics = _statistics(features)
+    numbers = {f"fd_{split}": frechet_distance(statistics, real.statistics[split]) for split in ("train", "test")}
+    n = min(len(features), len(real.train))
+    numbers["precision"], numbers["recall"] = precision_recall(real.some("train", n), features[:n])
+    return numbers
 
 
 @torch.no_grad()
