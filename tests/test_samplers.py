@@ -51,12 +51,13 @@ def test_samplers_of_each_model():
 
 @each
 def test_an_image_does_not_depend_on_its_batch(kind, sampler):
-    model, labels = small(kind), torch.tensor([3, 0, 1, 2, 2])
+    """In double precision: a batch's size decides the order of sums, and a random network makes much of the rounding."""
+    model, labels = small(kind).double(), torch.tensor([3, 0, 1, 2, 2])
     options = dict(sampler=sampler, steps=steps_of(sampler), guidance_scale=2.0, **OPTIONS.get(sampler, {}))
     whole = model.sample(labels, generator=image_generator(5, range(5)), **options)
     parts = [model.sample(labels[k], generator=image_generator(5, k), **options)
              for k in (torch.tensor([0]), torch.tensor([1, 2]), torch.tensor([4, 3]))]
-    assert torch.allclose(whole[[0, 1, 2, 4, 3]], torch.cat(parts), atol=1e-5)
+    assert torch.allclose(whole[[0, 1, 2, 4, 3]], torch.cat(parts), atol=1e-9)
     assert not torch.allclose(whole[3], whole[4], atol=1e-2)  # the same label, another number
     other = model.sample(labels, generator=image_generator(6, range(5)), **options)
     assert not torch.allclose(whole, other, atol=1e-2)
