@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 import libs
-from cli import Parser, check_output, positive, run
-from compare_samplers import parse_way
+from cli import Parser, positive, run
+from compare_samplers import markdown, parse_table_args, parse_way
 from libs.checkpoint import load_checkpoint, model_file
 from libs.classifier import file_hash
 from libs.datasets import build_dataset
@@ -52,19 +52,9 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--features", choices=list(EXTRACTORS), default=None,
                         help="whose features are compared (default: the config's eval.features)")
-    parser.add_argument("--output", default="runs.json", metavar="FILE.json",
-                        help="the figures, and beside them the tables as FILE.md (default runs.json)")
-    parser.add_argument("--batch-size", type=positive, default=200)
-    parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--data-folder", default=None, help="the real images, if they are not where the config says")
-    args = parser.parse_args()
-    if not args.output.endswith(".json"):
-        raise UsageError(f"--output: {args.output} must end in .json")
+    args = parse_table_args(parser, "runs.json")
     if args.num < LEAST:
         raise UsageError(f"--num: {args.num} is too few; {LEAST} is the least")
-    if not os.path.exists(args.output):  # one of ours is added to
-        check_output(args.output)
-        check_output(args.output[:-len("json")] + "md")
     return args
 
 
@@ -95,7 +85,7 @@ def load_output(path):
 def save(path, saved):
     with whole_file(path) as f:
         f.write(json.dumps(saved, indent=1).encode())
-    with whole_file(path[:-len("json")] + "md") as f:
+    with whole_file(markdown(path)) as f:
         f.write(("\n".join(tables(saved)) + "\n").encode())
 
 

@@ -42,8 +42,13 @@ def parse_args():
     parser.add_argument("ways", nargs="+", metavar="WAY", help="ways to draw, see above")
     parser.add_argument("--num", type=positive, default=2000, help="images of each way and seed (default 2000)")
     parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="draw with the seeds 0 to N - 1")
-    parser.add_argument("--output", default="samplers.json", metavar="FILE.json",
-                        help="the figures, and beside them the table as FILE.md (default samplers.json)")
+    return parse_table_args(parser, "samplers.json")
+
+
+def parse_table_args(parser, output):
+    """`parser.parse_args` with the flags of a script whose --output is a table that a further call adds to."""
+    parser.add_argument("--output", default=output, metavar="FILE.json",
+                        help=f"the figures, and beside them the table as FILE.md (default {output})")
     parser.add_argument("--batch-size", type=positive, default=200)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--data-folder", default=None, help="the real images, if they are not where the config says")
