@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from libs import AverageMeter, ModelEMA
+from libs import AverageMeter, ModelEMA, training
 from libs.seeds import rng_state, seed_everything, seeded_generator, set_rng_state
-from libs.training import TenthsMeter, learning_rate
+from libs.training import TenthsMeter, learning_rate, pick_precision
 
 
 # ---- random states
@@ -155,3 +155,23 @@ def test_cosine_is_flat_at_both_ends():
 
 def test_warmup_and_decay_together():
     assert rates("linear", warmup=9)[4] == pytest.approx(2 * 0.5 * 0.96)
+
+
+# ---- precision
+
+@pytest.mark.parametrize("known", [True, False])
+def test_bf16_on_a_cpu_without_it_is_obeyed_with_a_warning(monkeypatch, capsys, known):
+    monkeypatch.setattr(training, "_cpu_knows_bf16", lambda: known)
+    assert pick_precision("bf16", torch.device("cpu")) == (torch.bfloat16, torch.float32)
+    out = capsys.readouterr().out
+    assert ("this CPU has no instructions for bf16" in out) != known
+    assert pick_precision("auto", torch.device("cpu")) == (None, torch.float32)
+    assert "bf16" not in capsys.readouterr().out
+
+
+def test_whether_this_cpu_knows_bf16():
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if "avx512_f" not in found:
+        pytest.skip("PyTorch does not tell this CPU's instructions")
+    assert training._cpu_knows_bf16() or not found["avx512_bf16"]  # who has the instruction is not warned
+    assert not training._cpu_knows_bf16() or found["avx512_f"] or found["avx_ne_convert"]

@@ -212,6 +212,8 @@ def pick_precision(name, device):
         return None, torch.float64
     if device.type != "cuda":
         if name == "bf16" and device.type == "cpu":
+            if not _cpu_knows_bf16():
+                print("dtype: this CPU has no instructions for bf16; fp32 will be many times as fast", flush=True)
             return torch.bfloat16, torch.float32
         if name not in ("auto", "fp32"):
             print(f"dtype: {name} does not work on {device.type}; using fp32", flush=True)
@@ -219,6 +221,14 @@ def pick_precision(name, device):
     if name == "auto":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name], torch.float32
+
+
+def _cpu_knows_bf16():
+    """Whether oneDNN has kernels in bfloat16 for this CPU; yes where that cannot be told."""
+    try:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):  # PyTorch without oneDNN
+        return True
 
 
 def memory_format(device):
