@@ -53,6 +53,16 @@ def new_figure(rows=1, height=2.4):
     return figure, figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
 
 
+def log_scale(axis):
+    """Make an axis (`.xaxis` or `.yaxis`) logarithmic, with 0.1, 0.2, 0.5, 1, ... beside it."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
 def write_figure(path, figure):
     data = io.BytesIO()
     figure.savefig(data, format="pdf", metadata={"CreationDate": None})  # the same numbers give the same file
@@ -114,7 +124,7 @@ def plot_loss(curves, batch_size):
         axis.set_ylabel(label)
         values = sorted(value for _, value in curves[tag] if math.isfinite(value))
         if values and values[0] > 0 and values[-1] > 4 * values[len(values) // 2]:  # else the start hides the rest
-            axis.set_yscale("log")
+            log_scale(axis.yaxis)
     axes[-1].set_xlabel(f"updates of {batch_size} images")
     return figure
 
@@ -151,7 +161,7 @@ def plot_tenths(curves, batch_size):
         line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
         axis.annotate(f"{start} to {float(start) + 0.1:.1f}", points[-1], (1.03, (place - low) / (high - low)),
                       textcoords="axes fraction", va="center", fontsize=7, arrowprops=line, annotation_clip=False)
-    axis.set_yscale("log")
+    log_scale(axis.yaxis)
     axis.set_ylim(math.exp(low), math.exp(high))
     axis.margins(x=0)
     axis.set_xlabel(f"updates of {batch_size} images")
@@ -174,7 +184,7 @@ def plot_evaluations(curves, batch_size):
                        linewidth=1, label=tag.replace("_", " "))
         axis.set_ylabel(label)
         if label == "Frechet distance":
-            axis.set_yscale("log")
+            log_scale(axis.yaxis)
         if len(tags) > 1:
             axis.legend(fontsize=7, frameon=False)
     axes[-1].set_xlabel(f"updates of {batch_size} images")
@@ -262,7 +272,7 @@ def plot_samplers(saved, rows):
         axis.errorbar(calls, means, deviations, color=color, marker=marker, linestyle=line, markersize=4, linewidth=1,
                       capsize=2, label=name)
     axis.axhline(saved["floor"], color="0.7", linewidth=0.8, label="real test images")
-    axis.set_xscale("log")
+    log_scale(axis.xaxis)
     axis.set_xlabel("network calls an image")
     axis.set_ylabel(f"{saved['metric']}, n = {saved['n']:,}")
     axis.legend(fontsize=7, frameon=False)
