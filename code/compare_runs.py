@@ -31,7 +31,7 @@ from libs.images import ImageSet, to_uint8
 from libs.models import MODELS, model_from
 from libs.training import memory_format, pick_device
 
-SIGMAS = [0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0]  # the standard deviation of images is about 1
+SIGMAS = [0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0]  # where latents have a deviation of about 1
 LEAST = 10  # samples
 # settings in which runs of a kind may differ and still be repetitions of each other
 FREE = ("seed", "devices", "output_folder", "sample_cfg", "eval")

@@ -1,6 +1,7 @@
 """What several test files share. (Fixtures that several share are in conftest.py.)"""
 
 import os
+import shutil
 
 import numpy as np
 import torch
@@ -86,6 +87,12 @@ class Place:
         torch.save(build_decoder().state_dict(), self.root / "decoder.pth")
         return {"model.use_vae": "true", "model.vae_encoder_weights": self.root / "encoder.pth",
                 "model.vae_decoder_weights": self.root / "decoder.pth"}
+
+    def latents(self):
+        """--set arguments for a model of latents of other images: six a class and split, in 32 pixels."""
+        shutil.rmtree(self.root / "images")
+        tree(self.root / "images", {split: ["cat", "dog"] for split in ("train", "test")}, 6, height=40, width=40)
+        return ["dataset.img_size=32", "eval.features=autoencoder", *(f"{k}={v}" for k, v in self.autoencoder().items())]
 
     def files(self):
         return sorted(str(p) for p in self.root.rglob("*"))

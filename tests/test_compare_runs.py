@@ -10,7 +10,7 @@ import torch
 
 import compare_runs
 from cli import run
-from helpers import Place, tree
+from helpers import Place
 from libs.drawing import draw_images
 from libs.evaluation import RealImages, denoising_error, labels_like
 from libs.fid import FeatureStatistics, frechet_distance
@@ -22,10 +22,7 @@ from libs.models import load_model
 def place(tmp_path):
     """Two random DDPMs and an EDM of one autoencoder's latents, and real images of 32 pixels."""
     place = Place(tmp_path)
-    shutil.rmtree(place.root / "images")
-    tree(place.root / "images", {split: ["cat", "dog"] for split in ("train", "test")}, 6, height=40, width=40)
-    place.settings = ["dataset.img_size=32", "eval.features=autoencoder",
-                      *(f"{k}={v}" for k, v in place.autoencoder().items())]
+    place.settings = place.latents()
     place.runs = [place.run("ddpm_0", "seed=4"), place.run("ddpm_1", "seed=5"), place.run("edm_0", "model_name=EDM")]
     return place
 

@@ -1,14 +1,13 @@
 """compare_samplers.py as a user runs it: a table of ways and seeds, which a second call only adds to."""
 
 import json
-import shutil
 import sys
 
 import pytest
 
 import compare_samplers
 from cli import run
-from helpers import Place, tree
+from helpers import Place
 from libs.drawing import draw_images
 from libs.evaluation import RealImages, evaluate, labels_like
 from libs.images import ImageSet, to_uint8
@@ -19,10 +18,7 @@ from libs.models import load_model
 def place(tmp_path):
     """A random latent model of two classes, and real images of them at 32 pixels."""
     place = Place(tmp_path)
-    shutil.rmtree(place.root / "images")
-    tree(place.root / "images", {split: ["cat", "dog"] for split in ("train", "test")}, 6, height=40, width=40)
-    place.settings = ["dataset.img_size=32", "eval.features=autoencoder",
-                      *(f"{k}={v}" for k, v in place.autoencoder().items())]
+    place.settings = place.latents()
     place.model = place.checkpoint(*place.settings, classes=["cat", "dog"])
     return place
 
