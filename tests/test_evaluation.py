@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from helpers import one_line
+from helpers import Place, one_line, picture
 from libs import UsageError
+from libs.config import load_config
+from libs.datasets import build_dataset
 from libs.evaluation import RealImages, against, denoising_error, evaluate, labels_like, scalars
 from libs.features import Extractor
 from libs.fid import FeatureStatistics, frechet_distance, precision_recall
-from libs.images import ImageSet
+from libs.images import ImageSet, to_uint8
 
 
 class Corners(Extractor):
@@ -33,7 +35,7 @@ def images(n, seed, low=0, high=256):
 def real_images(train, test):
     real = RealImages.__new__(RealImages)
     real.extractor, real.train, real.test, real.sets = Corners(), train, test, {"train": train, "test": test}
-    real.mirrored, real.kept = False, {}
+    real.mirrored, real.shifts, real.kept = False, (-1, 0, 1), {}
     real.features = {split: real.extractor(s.images) for split, s in real.sets.items()}
     real.statistics = {split: FeatureStatistics(4).update(f) for split, f in real.features.items()}
     return real
@@ -114,6 +116,25 @@ def test_a_set_that_is_sorted_by_class_is_not_cut_by_class():
     ordered = drawn.take(drawn.labels.argsort())
     got = evaluate(ordered, real, memorization=False)["generated"]["fd_train"]
     assert got < 500  # only the dark half would have its first pixel 64 darker: 64^2 and more
+
+
+def test_copies_of_any_view_that_a_model_learns_from_are_found(tmp_path):
+    place = Place(tmp_path)
+    config = load_config(str(place.config), place.latents())
+    for split, per_class, seed in (("train", 150, 0), ("test", 100, 500)):
+        for k in range(per_class):
+            for c, name in enumerate(("cat", "dog")):
+                picture(seed + 2 * k + c).save(place.root / "images" / split / name / f"{k}.png")
+    real = RealImages(config, "cpu")
+    assert real.shifts == (-2, -1, 0, 1, 2) and real.mirrored
+    views, _, _ = build_dataset("ImageFolder", "train", str(place.root / "images"), 32)
+    fresh = real.test.take().images
+    assert not evaluate(ImageSet(fresh), real)["memorization"]["copies"]["detected"]
+    index = torch.arange(0, 300, 6)
+    seen = torch.cat([views.view(views.images[index], torch.tensor([[row], [column]]).expand(2, 50),
+                                 torch.full((50,), flip)) for row, column, flip in ((0, 4, True), (3, 1, False))])
+    found = evaluate(ImageSet(torch.cat([to_uint8(seen), fresh[100:]])), real)["memorization"]["copies"]
+    assert found["detected"] and found["found_generated"] == pytest.approx(100, abs=3)
 
 
 def test_scalars_are_numbers_for_a_curve():

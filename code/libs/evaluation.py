@@ -50,7 +50,8 @@ class RealImages:
             self.statistics[split], self.features[split] = real_statistics(
                 self.extractor, images, cache, 200, progress, say)
             self.sets[split] = images
-            self.mirrored = dataset.flip  # so that a model may have learnt mirrored images
+            # how a copy can differ from an image here, as a model learns from random crops and mirrored images
+            self.mirrored, self.shifts = dataset.flip, _shifts((dataset.images.shape[-1] - dataset.img_size) // 2)
         self.train, self.test = self.sets["train"], self.sets["test"]
 
     def some(self, split, n):
@@ -160,7 +161,7 @@ def evaluate(generated, real, memorization=True):
                     for k in range(len(real.train.classes))]
     if memorization:
         test = MemorizationTest(real.train.take().images, real.test.take().images,
-                                (real.features["train"], real.features["test"]), mirrored=real.mirrored)
+                                (real.features["train"], real.features["test"]), real.shifts, real.mirrored)
         report["memorization"] = test.report(generated.take().images, features)
     return report
 
@@ -215,6 +216,11 @@ def _distances(features, train, test):
     if min(len(features), len(train)) > 3:
         numbers["precision"], numbers["recall"] = precision_recall(train, features)
     return numbers
+
+
+def _shifts(most):
+    """By how many pixels a copy of the centre may be shifted where crops differ from it by up to `most`."""
+    return (-1, 0, 1) if most < 2 else (-most, -most // 2, 0, most // 2, most)
 
 
 def _size(shape):
