@@ -5,7 +5,7 @@ from torch import nn
 
 from .errors import UsageError
 from .samplers import SOLVERS, Plan, ddim_timesteps, default_steps, draw_noise, karras_sigmas, nearest
-from .tiny_autoencoder import DOWNSCALE, TAESD
+from .tiny_autoencoder import DOWNSCALE, TAESD, in_parts
 from .unet import UNet
 
 
@@ -71,13 +71,13 @@ class Diffusion(nn.Module):
         if not self.use_vae:
             return images
         with torch.autocast(images.device.type, enabled=False):  # what is learnt from is not rounded
-            return self.vae.encoder(images.to(next(self.vae.parameters()).dtype))
+            return in_parts(self.vae.encoder, images.to(next(self.vae.parameters()).dtype))
 
     @torch.no_grad()
     def postprocess(self, x):
         """What the reverse process ends with -> images in [0, 1], decoded when `use_vae`."""
         if self.use_vae:
-            return self.vae.decoder(x).clamp(0, 1)
+            return in_parts(self.vae.decoder, x).clamp(0, 1)
         return ((x + 1) / 2).clamp(0, 1)
 
     # ---- training

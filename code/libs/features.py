@@ -16,7 +16,7 @@ from .errors import RunError, UsageError, reason, shown
 from .fid import FeatureStatistics
 from .files import save_tensors, whole_file
 from .images import to_channels
-from .tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, build_encoder, load_weights
+from .tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, build_encoder, in_parts, load_weights
 
 # the Inception network of Heusel et al. 2017, converted to PyTorch: one file, which two projects publish under two
 # names. The names end in the first 8 digits of its SHA-256.
@@ -124,7 +124,7 @@ class AutoencoderExtractor(Extractor):
 
     def __init__(self, weights=None, device="cpu"):
         path = os.path.join(os.path.dirname(WEIGHTS), "taesd_encoder.pth") if weights is None else weights
-        network = build_encoder()
+        network = build_encoder().to(memory_format=torch.channels_last)
         load_weights(network, path, "autoencoder")
         self._load(path, network, device)
 
@@ -134,7 +134,7 @@ class AutoencoderExtractor(Extractor):
         if height % DOWNSCALE or width % DOWNSCALE or min(height, width) < least:
             raise UsageError(f"autoencoder: images are {height} x {width}; must be multiples of {DOWNSCALE}, "
                              f"at least {least}")
-        latents = self.network(to_channels(images, 3).float() / 255).cpu().double()
+        latents = in_parts(self.network, to_channels(images, 3).float() / 255).cpu().double()
         mean, square = (F.adaptive_avg_pool2d(x, self.grid) for x in (latents, latents.square()))
         return torch.cat([mean, (square - mean.square()).clamp(min=0).sqrt()], 1).flatten(1)
 
