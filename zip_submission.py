@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent
 FOLDERS = ("code", "writeup", "results")
 TOP_FILES = ("README.md", "requirements.txt")
 LIMIT = 50e6  # bytes
+PLACEHOLDER = "to be filled in"
 
 LEFT_OUT_FOLDERS = {"data", "logs", "models", "checkpoints"}
 WEIGHTS = (".pth.tar", ".pth", ".pt", ".ckpt", ".safetensors")
@@ -193,6 +194,9 @@ def main():
         sizes = [path.stat().st_size for name, path in files.items() if name.split("/")[0] == top]
         if sizes:
             print(f"packed    {top}: {len(sizes)} file(s), {sum(sizes) / 1e6:.2f} MB")
+    for name, path in sorted(files.items()):
+        if path.suffix == ".tex" and PLACEHOLDER in path.read_text(encoding="utf-8", errors="replace"):
+            print(f"warning: {name} still says {PLACEHOLDER!r}: your names and contributions")
     print(f"wrote {args.output}: {len(files)} files, {size / 1e6:.2f} MB")
 
 

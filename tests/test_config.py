@@ -270,9 +270,15 @@ def test_a_folder_is_no_file(tmp_path):
 
 
 def test_looked_up_in_configs(tmp_path, monkeypatch):
-    """Where a checkout has no symbolic links there is no code/configs."""
+    """A checkout without symbolic links has no code/configs, an unpacked submission has nothing else."""
     monkeypatch.chdir(tmp_path)
     assert load_config("./configs/mnist.yaml") == load_config(MNIST)
+    monkeypatch.setattr("libs.config.CODE", str(tmp_path / "code"))
+    (tmp_path / "code" / "configs").mkdir(parents=True)
+    (tmp_path / "code" / "configs" / "mine.yaml").write_text("seed: 7")
+    assert load_config("configs/mine.yaml")["seed"] == 7
+    with pytest.raises(UsageError, match=r"did you mean configs/mine.yaml\?"):
+        load_config("configs/min.yaml")
 
 
 @pytest.mark.parametrize("text", [

@@ -80,6 +80,14 @@ def test_the_three_folders_with_the_configs(project):
     assert not list(project.glob(".submission*"))
 
 
+def test_names_that_were_not_filled_in(project):
+    put(project, {"writeup/report.tex": r"\author{Names: to be filled in}"})
+    warning, last = run(project).stdout.splitlines()[-2:]
+    assert warning.startswith("warning: writeup/report.tex") and last.startswith("wrote ")
+    put(project, {"writeup/report.tex": r"\author{Ada, Grace}"})
+    assert "warning" not in run(project, "--overwrite").stdout
+
+
 @pytest.mark.parametrize("kind", ["missing", "text", "folder"])
 def test_configs_without_a_link(project, kind):
     link = project / "code/configs"

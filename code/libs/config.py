@@ -239,13 +239,14 @@ def complete_config(given):
 
 
 def _read(path):
-    found = path
-    # a checkout without symbolic links has no code/configs
-    if not os.path.isfile(found) and os.path.basename(os.path.dirname(path)) == "configs":
-        found = os.path.join(CODE, "..", "configs", os.path.basename(path))
-    if not os.path.isfile(found):
-        folder = os.path.join(CODE, "..", "configs")
-        near = _nearest(os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else [])
+    name, places = os.path.basename(path), [path]
+    # a checkout without symbolic links has no code/configs, an unpacked submission only that
+    folders = [os.path.join(CODE, "..", "configs"), os.path.join(CODE, "configs")]
+    if os.path.basename(os.path.dirname(path)) == "configs":
+        places += [os.path.join(folder, name) for folder in folders]
+    found = next(filter(os.path.isfile, places), None)
+    if found is None:
+        near = _nearest(name, next((os.listdir(folder) for folder in folders if os.path.isdir(folder)), []))
         raise UsageError(f"config: no file {path}" + (f"; did you mean configs/{near}?" if near else ""))
     try:
         with open(found, encoding="utf-8") as f:

@@ -16,8 +16,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
 def find_split(root, train):
     """The folder that holds the classes: AFHQ v2 has train/ and test/, v1 train/ and val/, a plain tree neither."""
     if not os.path.isdir(root):
-        raise UsageError(f"dataset.data_folder: no folder {root}; `sh download_dataset.sh`, in the project's folder, "
-                         "fetches AFHQ")
+        raise UsageError(f"dataset.data_folder: no folder {root}" + (
+            "; `sh download_dataset.sh`, in the project's folder, fetches AFHQ" if "afhq" in root.lower() else ""))
     names = ("train",) if train else ("test", "val")
     for name in names:
         if os.path.isdir(os.path.join(root, name)):
