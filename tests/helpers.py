@@ -124,6 +124,16 @@ class GaussianOracle(nn.Module):
         return ((1 - abar).sqrt() * (x - abar.sqrt() * mu) / (abar * self.s ** 2 + 1 - abar)).float()
 
 
+def as_diffusers(diffusers, taesd):
+    """diffusers' AutoencoderTiny with a TAESD's weights; its images are in [-1, 1]."""
+    theirs = diffusers.AutoencoderTiny().eval()
+    theirs.encoder.load_state_dict({f"layers.{key}": w for key, w in taesd.encoder.state_dict().items()})
+    # it has no module for the clamp in front: the decoder's numbers start one lower
+    numbers = [(key.split(".", 1), w) for key, w in taesd.decoder.state_dict().items()]
+    theirs.decoder.load_state_dict({f"layers.{int(n) - 1}.{rest}": w for (n, rest), w in numbers})
+    return theirs
+
+
 def reference(diffusers, schedule, timesteps, prediction="epsilon"):
     """diffusers' DDPMScheduler, with its tables in float64."""
     first, last = (0.00085, 0.012) if schedule == "scaled_linear" else (1e-4, 0.02)

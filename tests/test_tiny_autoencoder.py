@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from helpers import as_diffusers
 from libs import DDPM, EDM, UsageError
 from libs.tiny_autoencoder import TAESD, build_decoder, build_encoder
 from libs.training import ModelEMA
@@ -28,22 +29,12 @@ def files(tmp_path_factory):
 
 # ---- the networks
 
-def test_agrees_with_diffusers():
-    diffusers = pytest.importorskip("diffusers", reason="see requirements-extra.txt")
-    ours, theirs = TAESD(), diffusers.AutoencoderTiny().eval()
-    # theirs has no module for the clamp in front: the decoder's numbers start one lower
-    encoder = {f"layers.{key}": w for key, w in ours.encoder.state_dict().items()}
-    decoder = {}
-    for key, w in ours.decoder.state_dict().items():
-        number, rest = key.split(".", 1)
-        decoder[f"layers.{int(number) - 1}.{rest}"] = w
-    theirs.encoder.load_state_dict(encoder)
-    theirs.decoder.load_state_dict(decoder)
-
+def test_agrees_with_diffusers(diffusers):
+    ours = TAESD()
+    theirs = as_diffusers(diffusers, ours)
     images = torch.rand(2, 3, 32, 48)
     latents = 4 * torch.randn(2, 4, 4, 6)  # far into the clamp
     with torch.no_grad():
-        # images there are in [-1, 1]
         assert torch.allclose(ours.encoder(images), theirs.encode(2 * images - 1).latents, rtol=1e-5, atol=1e-5)
         assert torch.allclose(ours.decoder(latents), (theirs.decode(latents).sample + 1) / 2, rtol=1e-5, atol=1e-5)
 

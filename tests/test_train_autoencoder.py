@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import train_autoencoder
-from helpers import one_line, tree
+from helpers import as_diffusers, one_line, tree
 from libs import UsageError, autoencoder_training, load_checkpoint, load_config
 from libs.autoencoder_training import (TrainedTAESD, build_optimizer, draw_crops, evaluate, load_images, load_settings,
                                        psnr, ssim)
@@ -251,12 +251,9 @@ def test_from_images_to_files(script, folder, monkeypatch, capsys, diffusers):
         assert os.path.getsize(path) < 3e6
         state = torch.load(path, weights_only=True)
         assert all(torch.equal(w, averaged[f"model.{half}.{key}"].half()) for key, w in state.items())
-    ours, theirs = TAESD(*files), diffusers.AutoencoderTiny().eval()
-    theirs.encoder.load_state_dict({f"layers.{key}": w for key, w in ours.encoder.state_dict().items()})
-    numbers = [(key.split(".", 1), w) for key, w in ours.decoder.state_dict().items()]
-    theirs.decoder.load_state_dict({f"layers.{int(n) - 1}.{rest}": w for (n, rest), w in numbers})
+    theirs = as_diffusers(diffusers, TAESD(*files))
 
-    # the figures, by way of diffusers: its images are in [-1, 1]
+    # the figures, by way of diffusers
     figures = json.loads((whole / "evaluation.json").read_text())
     images = load_images(section(folder, 32), "test").images.float() / 255
     with torch.no_grad():
