@@ -114,10 +114,10 @@ def make_update(model, config, naive, device):
     # build_optimizer knows no fused kernel for "meta"
     optimizer = build_optimizer(model, cfg, torch.device("meta") if naive else device)
     updater = Updater(model, optimizer, precision, cfg["clip_grad_norm"], device)
-    if not naive:
-        compile_network(model, cfg["compile"], data, device)
     model.train()
     per_go = -(-len(data) // cfg["accumulate"])
+    if not naive:
+        compile_network(model, cfg["compile"], data, device, precision, per_go)
 
     def update():
         t = torch.randint(model.timesteps, data.labels.shape, device=device)

@@ -18,6 +18,7 @@ from libs.errors import RunError, UsageError, shown
 from libs.evaluation import evaluate_model
 from libs.models import load_weights
 from libs.seeds import rng_state, set_rng_state
+from libs.training import as_written
 
 
 class RunFolder:
@@ -75,7 +76,8 @@ class RunFolder:
             grid = sample_grid(ema.module, self.config, device)
             save_image(grid, os.path.join(self.path, f"sample-{epoch - 1}.png"))
             self.board.add_image("samples/ema", grid, step)
-            self.board.add_image("samples/raw", sample_grid(model, self.config, device), step)
+            with as_written(model):
+                self.board.add_image("samples/raw", sample_grid(model, self.config, device), step)
             self.say(f"saved {shown(self.last_good)} and sample-{epoch - 1}.png")
 
     def update(self, done, left):

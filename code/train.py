@@ -97,9 +97,9 @@ def main():
     out = RunFolder(folder, config, step, total_steps, loader.batch_size, active=world.first)
     out.last_good = resume_path
     signals = Signals()
-    compile_network(model, cfg["compile"], dataset, device)
-    network = world.wrap(model, device)
     per_go = -(-len(range(loader.batch_size)[loader.part]) // cfg["accumulate"])  # images that fit in memory at once
+    compile_network(model, cfg["compile"], dataset, device, precision, per_go)
+    network = world.wrap(model, device)
 
     def save(is_final=False):
         progress = {"epoch": epoch, "batch": batch, "step": step, "updates_per_epoch": updates,

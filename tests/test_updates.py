@@ -11,7 +11,7 @@ from libs import RunError
 from libs.config import DEFAULTS
 from libs.datasets import ImageDataset
 from libs.optimizers import build_optimizer
-from libs.training import Updater, compile_network
+from libs.training import Updater, as_written, compile_network
 
 CPU = torch.device("cpu")
 
@@ -141,13 +141,13 @@ def images():
 @pytest.mark.parametrize("wanted, called", [(None, False), (False, False), (True, True)])
 def test_compile_on_the_cpu_only_when_asked(wanted, called, monkeypatch):
     calls = []
-    monkeypatch.setattr(torch, "compile", lambda f: calls.append(f) or f)
+    monkeypatch.setattr(torch, "compile", lambda f, **_: calls.append(f) or f)
     compile_network(libs.DDPM(**SMALL), wanted, images(), CPU)
     assert bool(calls) == called
 
 
 def test_a_compiler_that_fails_is_one_line(monkeypatch, capsys):
-    def broken(f):
+    def broken(f, **_):
         def call(*args):
             raise RuntimeError("no C++ compiler\nfound here")
         return call
@@ -164,9 +164,31 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch, capsys):
 def test_compiled_is_the_same_network(monkeypatch, capsys):
     """Through PyTorch's tracer; without its code generator, which takes minutes on a CPU."""
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f: real(f, backend="eager", fullgraph=True))
+    monkeypatch.setattr(torch, "compile", lambda f, **_: real(f, backend="eager", fullgraph=True))
     model = libs.DDPM(**SMALL)
     wanted, names = loss_of(model), list(model.state_dict())
     compile_network(model, True, images(), CPU)
     assert capsys.readouterr().out == "the network is compiled\n"
     assert list(model.state_dict()) == names and torch.equal(loss_of(model), wanted)
+
+
+def test_the_trial_compiles_what_training_calls(monkeypatch):
+    """The graph of the trial is the one of all updates; a sample grid of another size compiles none."""
+    real, graphs = torch.compile, []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=counted, **options))
+    model = libs.DDPM(**SMALL)
+    compile_network(model, True, images(), CPU, torch.bfloat16, 3)
+    assert len(graphs) == 1
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(3, 1, 8, 8), torch.arange(3), torch.arange(3)).mean().backward()
+    with as_written(model):
+        model.sample(torch.arange(4), "ddim", 2)
+    assert len(graphs) == 1
+    model.sample(torch.arange(4), "ddim", 2)  # which would have
+    assert len(graphs) == 2

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+from contextlib import nullcontext
 
 import torch
 
@@ -136,27 +137,34 @@ class Updater:
         self.in_a_row.fill_(state.get("in_a_row", 0))
 
 
-def compile_network(model, wanted, dataset, device):
-    """torch.compile for the UNet of `model`, tried with two images; one line says how it went, and training goes on.
+def compile_network(model, wanted, dataset, device, precision=None, n=2):
+    """torch.compile for the UNet of `model`, tried with n images; one line says how it went, and training goes on.
 
-    wanted: true, false, or None: on a GPU. Only the call changes: weights keep their names, and a copy of the model
-    that was made before is not compiled.
+    wanted: true, false, or None: on a GPU; precision, n: autocast's and the number of images that training calls it
+    with: a graph is of these alone, and others would be compiled anew. Only the call changes: weights keep their
+    names, and a copy of the model that was made before is not compiled.
     """
     network = model.model
     if not (device.type == "cuda" if wanted is None else wanted):
         return
-    network.forward = torch.compile(network.forward)
+    network.forward = torch.compile(network.forward, dynamic=False)
     try:
-        with torch.random.fork_rng():
-            images, labels = dataset.batch(torch.arange(min(2, len(dataset))), torch.Generator())
+        with torch.random.fork_rng(), torch.autocast(device.type, precision, enabled=precision is not None):
+            images, labels = dataset.batch(torch.arange(min(n, len(dataset))), torch.Generator())
             labels = labels.to(device)
             images = images.to(device, next(network.parameters()).dtype)
-            model(images, labels, torch.zeros_like(labels), encoded=dataset.encoded).mean().backward()
+            noise = torch.randn(len(labels), *model.img_shape, device=device).to(images.dtype)  # laid out as train.py's
+            model(images, labels, torch.zeros_like(labels), noise, encoded=dataset.encoded).mean().backward()
         print("the network is compiled", flush=True)
     except Exception as e:  # no compiler, an operator it cannot take: it fails in many ways
         del network.forward
         print(f"compile: does not work here, going on without ({reason(e, 200)})", flush=True)
     network.zero_grad()
+
+
+def as_written(model):
+    """A context in which the UNet of `model` is not compiled: a sample grid is not worth the wait for its batch size."""
+    return torch.compiler.set_stance("force_eager") if "forward" in vars(model.model) else nullcontext()
 
 
 @torch.no_grad()
