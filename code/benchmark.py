@@ -77,7 +77,7 @@ def table(rows):
         cells.append([f"**{os.path.basename(path)}**"] + [""] * 5)
         for row in mine:
             what = (f"{row['row']}, {row['steps']} steps, {row['calls']} network calls" if "steps" in row else
-                    f"{row['row']}, {row['parameters']:,} parameters, {row['dtype']}" + ", compiled" * row["compiled"])
+                    f"{row['row']}, {row['parameters']:,} parameters, " + ", ".join([row["dtype"], *row["tricks"]]))
             ratio = (f"{row['images_per_s_ratio']:.2f} x images/s, {row['peak_memory_ratio']:.2f} x memory"
                      if "images_per_s_ratio" in row else "")
             speed = "~" * (not row.get("whole", True)) + digits(row["images_per_s"])

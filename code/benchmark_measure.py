@@ -15,7 +15,7 @@ from libs.drawing import draw_images
 from libs.errors import UsageError
 from libs.optimizers import build_optimizer
 from libs.training import (ModelEMA, Updater, compile_network, memory_format, peak_memory, pick_device,
-                           pick_precision)
+                           pick_precision, record_network)
 
 # what a process of its own measures: training in three ways, or all samplers
 OURS, NAIVE, SAMPLERS = "training", "training, naively", "sampling"
@@ -105,7 +105,7 @@ def build(config, kind=OURS, how=None):
 
 
 def make_update(model, config, naive, device):
-    """(function that makes one update of `model`, dtype that it computes in)."""
+    """(function that makes one update of `model`, dtype that it computes in, what makes its network fast)."""
     cfg = config["train_cfg"]
     precision, dtype = (None, torch.float32) if naive else pick_precision(config["dtype"], device)
     model.to(device, dtype, memory_format=torch.contiguous_format if naive else memory_format(device))
@@ -116,8 +116,11 @@ def make_update(model, config, naive, device):
     updater = Updater(model, optimizer, precision, cfg["clip_grad_norm"], device)
     model.train()
     per_go = -(-len(data) // cfg["accumulate"])
+    tricks = []
     if not naive:
-        compile_network(model, cfg["compile"], data, device, precision, per_go)
+        tricks += ["compiled"] * compile_network(model, cfg["compile"], data, device, precision, per_go)
+        if cfg["accumulate"] == 1:
+            tricks += ["CUDA graphs"] * record_network(model, cfg["cuda_graphs"], data, device, precision, per_go)
 
     def update():
         t = torch.randint(model.timesteps, data.labels.shape, device=device)
@@ -128,7 +131,7 @@ def make_update(model, config, naive, device):
         updater.step()
         ema.update(model)
 
-    return update, precision or dtype
+    return update, precision or dtype, tricks
 
 
 def measure_training(config, kind, how, seconds, device):
@@ -137,7 +140,7 @@ def measure_training(config, kind, how, seconds, device):
         F.scaled_dot_product_attention = written_out_attention
     model = build(config, kind, how)
     figures = {"parameters": parameters(model.model), "operations": operations(model.model, *inputs_of(model))[1]}
-    update, dtype = make_update(model, config, kind == NAIVE, device)
+    update, dtype, tricks = make_update(model, config, kind == NAIVE, device)
     for _ in range(10 if device.type == "cuda" else 1):  # to warm up
         update()
     started, n = now(device), 0
@@ -146,7 +149,7 @@ def measure_training(config, kind, how, seconds, device):
         n += 1
     speed = n * config["loader"]["batch_size"] / (now(device) - started)
     figures |= {"images_per_s": speed, "peak_memory": peak_memory(device), "dtype": str(dtype).split(".")[-1],
-                "compiled": "forward" in vars(model.model)}
+                "tricks": tricks}
     figures["matmul_rate"], figures["matmul_n"] = matmul_rate(device, dtype)
     return {kind: figures}
 
@@ -211,7 +214,7 @@ def measure(config, kind, how, seconds):
 
 def profile(config, device):
     """Lines of a table: the ten operators on which a training update spends most time."""
-    update, _ = make_update(build(config), config, False, device)
+    update, *_ = make_update(build(config), config, False, device)
     for _ in range(3):
         update()
     kinds = torch.profiler.ProfilerActivity

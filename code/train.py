@@ -16,7 +16,7 @@ from libs.models import check_autoencoder
 from libs.optimizers import build_optimizer
 from libs.seeds import seed_everything, seeded_generator
 from libs.training import (AverageMeter, ModelEMA, Signals, TenthsMeter, Updater, compile_network, learning_rate,
-                           measure_data, memory_format, peak_memory, pick_device, pick_precision)
+                           measure_data, memory_format, peak_memory, pick_device, pick_precision, record_network)
 from run_folder import RunFolder, describe, find_place, restore, resume_command
 
 
@@ -99,6 +99,8 @@ def main():
     signals = Signals()
     per_go = -(-len(range(loader.batch_size)[loader.part]) // cfg["accumulate"])  # images that fit in memory at once
     compile_network(model, cfg["compile"], dataset, device, precision, per_go)
+    if world.size == cfg["accumulate"] == 1:
+        record_network(model, cfg["cuda_graphs"], dataset, device, precision, per_go)
     network = world.wrap(model, device)
 
     def save(is_final=False):

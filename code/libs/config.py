@@ -67,7 +67,8 @@ DEFAULTS = {
         "weight_decay": 0.01,
         "clip_grad_norm": 1.0,  # None: gradients as they are
         "accumulate": 1,  # parts in which a batch goes through the network, where it is too large for the memory
-        "compile": None,  # torch.compile; None: on a GPU
+        "compile": None,  # torch.compile; None: on a GPU. It takes minutes before the first update
+        "cuda_graphs": None,  # None: on a GPU, with one process and accumulate 1
         "ema_decay": 0.999,  # approached as (1 + n) / (10 + n) over the first updates n
         "keep_last": None,  # how many checkpoints to keep; None: all
     },
@@ -193,6 +194,7 @@ RULES = {
     "train_cfg.optimizer": one_of("adamw", "muon"), "train_cfg.betas": list_of(number(0, 0.99999), 2),
     "train_cfg.weight_decay": number(0),
     "train_cfg.accumulate": integer(1), "train_cfg.compile": optional(boolean()),
+    "train_cfg.cuda_graphs": optional(boolean()),
     "train_cfg.clip_grad_norm": optional(number(above=0)), "train_cfg.ema_decay": number(0, 0.999999),
     "train_cfg.keep_last": optional(integer(1)),
     "eval.every": optional(integer(1)), "eval.num": integer(10),

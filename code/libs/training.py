@@ -142,24 +142,59 @@ def compile_network(model, wanted, dataset, device, precision=None, n=2):
 
     wanted: true, false, or None: on a GPU; precision, n: autocast's and the number of images that training calls it
     with: a graph is of these alone, and others would be compiled anew. Only the call changes: weights keep their
-    names, and a copy of the model that was made before is not compiled.
+    names, and a copy of the model that was made before is not compiled. Returns whether it is compiled.
     """
     network = model.model
     if not (device.type == "cuda" if wanted is None else wanted):
-        return
+        return False
     network.forward = torch.compile(network.forward, dynamic=False)
     try:
-        with torch.random.fork_rng(), torch.autocast(device.type, precision, enabled=precision is not None):
-            images, labels = dataset.batch(torch.arange(min(n, len(dataset))), torch.Generator())
-            labels = labels.to(device)
-            images = images.to(device, next(network.parameters()).dtype)
-            noise = torch.randn(len(labels), *model.img_shape, device=device).to(images.dtype)  # laid out as train.py's
-            model(images, labels, torch.zeros_like(labels), noise, encoded=dataset.encoded).mean().backward()
+        with torch.random.fork_rng():
+            _trial_loss(model, dataset, device, precision, n).backward()
         print("the network is compiled", flush=True)
+        return True
     except Exception as e:  # no compiler, an operator it cannot take: it fails in many ways
         del network.forward
         print(f"compile: does not work here, going on without ({reason(e, 200)})", flush=True)
-    network.zero_grad()
+        return False
+    finally:
+        network.zero_grad()
+
+
+def record_network(model, wanted, dataset, device, precision=None, n=2):
+    """CUDA graphs of the UNet of `model`, in training mode, for n images: forward and backward are a launch each.
+
+    Otherwise a small network's thousand kernels take the CPU longer to launch than the GPU to run. wanted: true, false,
+    or None: on a GPU; the rest is as in `compile_network`. A graph writes its gradients to the same place every time:
+    not for gradients of several parts of a batch, which are added up. Returns whether there are graphs.
+    """
+    network, inputs = model.model, []
+    if not (device.type == "cuda" if wanted is None else wanted):
+        return False
+    hook = network.register_forward_pre_hook(lambda _, args: inputs.extend(x.detach().clone() for x in args))
+    try:
+        with torch.random.fork_rng():
+            _trial_loss(model, dataset, device, precision, n)
+            hook.remove()
+            with torch.autocast(device.type, precision, enabled=precision is not None, cache_enabled=False):
+                torch.cuda.make_graphed_callables(network, tuple(inputs), allow_unused_input=True)
+        print("the network is recorded as CUDA graphs", flush=True)
+        return True
+    except Exception as e:
+        print(f"cuda_graphs: does not work here, going on without ({reason(e, 200)})", flush=True)
+        return False
+    finally:
+        hook.remove()
+        network.zero_grad()
+
+
+def _trial_loss(model, dataset, device, precision, n):
+    """The loss of the first n images, computed just as in train.py."""
+    images, labels = dataset.batch(torch.arange(min(n, len(dataset))), torch.Generator())
+    images, labels = images.to(device, next(model.model.parameters()).dtype), labels.to(device)
+    noise = torch.randn(len(labels), *model.img_shape, device=device).to(images.dtype)
+    with torch.autocast(device.type, precision, enabled=precision is not None):
+        return model(images, labels, torch.zeros_like(labels), noise, encoded=dataset.encoded).mean()
 
 
 def as_written(model):
@@ -228,6 +263,8 @@ def pick_precision(name, device):
         return None, torch.float32
     if name == "auto":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name != "fp32":  # what autocast leaves in fp32, Muon's products above all, then in TF32, as convolutions are anyway
+        torch.set_float32_matmul_precision("high")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name], torch.float32
 
 
