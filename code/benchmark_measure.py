@@ -14,8 +14,8 @@ from benchmark_others import OTHERS, build_other, parameters
 from libs.drawing import draw_images
 from libs.errors import UsageError
 from libs.optimizers import build_optimizer
-from libs.training import (ModelEMA, Updater, compile_network, memory_format, peak_memory, pick_device,
-                           pick_precision, record_network)
+from libs.training import (ModelEMA, Updater, memory_format, peak_memory, pick_device, pick_precision,
+                           prepare_network)
 
 # what a process of its own measures: training in three ways, or all samplers
 OURS, NAIVE, SAMPLERS = "training", "training, naively", "sampling"
@@ -55,7 +55,7 @@ def inputs_of(model):
 
 
 class RandomData:
-    """Images, or latents, and labels that cost no time: what `compile_network` and an update take."""
+    """Images, or latents, and labels that cost no time: what `prepare_network` and an update take."""
 
     encoded = True  # nothing that an autoencoder must see
 
@@ -116,11 +116,7 @@ def make_update(model, config, naive, device):
     updater = Updater(model, optimizer, precision, cfg["clip_grad_norm"], device)
     model.train()
     per_go = -(-len(data) // cfg["accumulate"])
-    tricks = []
-    if not naive:
-        tricks += ["compiled"] * compile_network(model, cfg["compile"], data, device, precision, per_go)
-        if cfg["accumulate"] == 1:
-            tricks += ["CUDA graphs"] * record_network(model, cfg["cuda_graphs"], data, device, precision, per_go)
+    tricks = [] if naive else prepare_network(model, cfg, data, device, precision, per_go)
 
     def update():
         t = torch.randint(model.timesteps, data.labels.shape, device=device)

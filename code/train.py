@@ -15,8 +15,8 @@ from libs.latents import cached_latents
 from libs.models import check_autoencoder
 from libs.optimizers import build_optimizer
 from libs.seeds import seed_everything, seeded_generator
-from libs.training import (AverageMeter, ModelEMA, Signals, TenthsMeter, Updater, compile_network, learning_rate,
-                           measure_data, memory_format, peak_memory, pick_device, pick_precision, record_network)
+from libs.training import (AverageMeter, ModelEMA, Signals, TenthsMeter, Updater, learning_rate, measure_data,
+                           memory_format, peak_memory, pick_device, pick_precision, prepare_network)
 from run_folder import RunFolder, describe, find_place, restore, resume_command
 
 
@@ -98,9 +98,7 @@ def main():
     out.last_good = resume_path
     signals = Signals()
     per_go = -(-len(range(loader.batch_size)[loader.part]) // cfg["accumulate"])  # images that fit in memory at once
-    compile_network(model, cfg["compile"], dataset, device, precision, per_go)
-    if world.size == cfg["accumulate"] == 1:
-        record_network(model, cfg["cuda_graphs"], dataset, device, precision, per_go)
+    prepare_network(model, cfg, dataset, device, precision, per_go, world.size)
     network = world.wrap(model, device)
 
     def save(is_final=False):

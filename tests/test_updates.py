@@ -7,11 +7,11 @@ import torch
 
 import libs
 from helpers import SMALL, one_line
-from libs import RunError
+from libs import RunError, training
 from libs.config import DEFAULTS
 from libs.datasets import ImageDataset
 from libs.optimizers import build_optimizer
-from libs.training import Updater, as_written, compile_network
+from libs.training import Updater, as_written, prepare_network
 
 CPU = torch.device("cpu")
 
@@ -132,31 +132,40 @@ def test_its_state_goes_on():
     assert single.scaler.get_scale() == 1
 
 
-# ---- torch.compile
+# ---- torch.compile and CUDA graphs
 
 def images():
     return ImageDataset(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3), "abcd")
 
 
-@pytest.mark.parametrize("wanted, called", [(None, False), (False, False), (True, True)])
-def test_compile_on_the_cpu_only_when_asked(wanted, called, monkeypatch):
+def prepare(model, device=CPU, processes=1, n=2, precision=None, **settings):
+    return prepare_network(model, {**DEFAULTS["train_cfg"], **settings}, images(), device, precision, n, processes)
+
+
+@pytest.mark.parametrize("device, processes, settings, wanted", [
+    ("cpu", 1, {}, []), ("cpu", 1, {"compile": True}, ["_compile"]), ("cuda", 1, {}, ["_record"]),
+    ("cuda", 2, {}, ["_compile"]), ("cuda", 1, {"accumulate": 2}, ["_compile"]),
+    ("cuda", 2, {"cuda_graphs": True}, ["_compile"]), ("cuda", 1, {"cuda_graphs": False}, ["_compile"]),
+    ("cuda", 1, {"cuda_graphs": False, "compile": False}, []), ("cuda", 1, {"compile": True}, ["_compile", "_record"])])
+def test_what_is_prepared(device, processes, settings, wanted, monkeypatch):
     calls = []
-    monkeypatch.setattr(torch, "compile", lambda f, **_: calls.append(f) or f)
-    compile_network(libs.DDPM(**SMALL), wanted, images(), CPU)
-    assert bool(calls) == called
+    for name in ("_compile", "_record"):
+        monkeypatch.setattr(training, name, lambda *_, name=name: calls.append(name))
+    done = prepare(libs.DDPM(**SMALL), torch.device(device), processes, **settings)
+    assert calls == wanted and done == [{"_compile": "compiled", "_record": "CUDA graphs"}[name] for name in wanted]
 
 
-def test_a_compiler_that_fails_is_one_line(monkeypatch, capsys):
-    def broken(f, **_):
-        def call(*args):
-            raise RuntimeError("no C++ compiler\nfound here")
-        return call
+@pytest.mark.parametrize("setting, name", [("compile", "compiled"), ("cuda_graphs", "CUDA graphs")])
+def test_what_fails_is_one_line(setting, name, monkeypatch, capsys):
+    def broken(*args, **_):
+        raise RuntimeError("no C++ compiler\nfound here")
 
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", lambda f, **_: broken)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", broken)
     model = libs.DDPM(**SMALL)
     wanted, rng = loss_of(model), torch.get_rng_state()
-    compile_network(model, True, images(), CPU)
-    assert capsys.readouterr().out == "compile: does not work here, going on without (no C++ compiler)\n"
+    assert prepare(model, **{setting: True}) == []
+    assert capsys.readouterr().out == f"network: {name} does not work here, going on without (no C++ compiler)\n"
     assert torch.equal(loss_of(model), wanted) and torch.equal(torch.get_rng_state(), rng)
     assert all(p.grad is None for p in model.parameters())
 
@@ -167,8 +176,8 @@ def test_compiled_is_the_same_network(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda f, **_: real(f, backend="eager", fullgraph=True))
     model = libs.DDPM(**SMALL)
     wanted, names = loss_of(model), list(model.state_dict())
-    compile_network(model, True, images(), CPU)
-    assert capsys.readouterr().out == "the network is compiled\n"
+    assert prepare(model, compile=True) == ["compiled"]
+    assert capsys.readouterr().out == "network: compiled\n"
     assert list(model.state_dict()) == names and torch.equal(loss_of(model), wanted)
 
 
@@ -182,7 +191,7 @@ def test_the_trial_compiles_what_training_calls(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=counted, **options))
     model = libs.DDPM(**SMALL)
-    compile_network(model, True, images(), CPU, torch.bfloat16, 3)
+    prepare(model, n=3, precision=torch.bfloat16, compile=True)
     assert len(graphs) == 1
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
@@ -192,3 +201,18 @@ def test_the_trial_compiles_what_training_calls(monkeypatch):
     assert len(graphs) == 1
     model.sample(torch.arange(4), "ddim", 2)  # which would have
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("kind, time", [("DDPM", torch.long), ("EDM", torch.float32)])
+def test_graphs_are_recorded_for_what_training_calls(kind, time, monkeypatch):
+    seen = []
+
+    def record(network, inputs, allow_unused_input):
+        seen.extend([network, torch.is_autocast_cache_enabled(), torch.get_autocast_dtype("cpu"),
+                     *((x.shape, x.dtype) for x in inputs)])
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    model = getattr(libs, kind)(**SMALL)
+    assert prepare(model, n=3, precision=torch.bfloat16, cuda_graphs=True) == ["CUDA graphs"]
+    assert seen == [model.model, False, torch.bfloat16, ((3, 1, 8, 8), torch.float32), ((3,), torch.long), ((3,), time)]
+    assert not model.model._forward_pre_hooks

@@ -67,8 +67,10 @@ DEFAULTS = {
         "weight_decay": 0.01,
         "clip_grad_norm": 1.0,  # None: gradients as they are
         "accumulate": 1,  # parts in which a batch goes through the network, where it is too large for the memory
-        "compile": None,  # torch.compile; None: on a GPU. It takes minutes before the first update
-        "cuda_graphs": None,  # None: on a GPU, with one process and accumulate 1
+        # how the network is called in training; None: as CUDA graphs on a GPU, but with several processes or parts of a
+        # batch, which graphs cannot have, through torch.compile, which takes minutes before the first update
+        "cuda_graphs": None,
+        "compile": None,
         "ema_decay": 0.999,  # approached as (1 + n) / (10 + n) over the first updates n
         "keep_last": None,  # how many checkpoints to keep; None: all
     },

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from contextlib import nullcontext
 
 import torch
@@ -137,55 +138,56 @@ class Updater:
         self.in_a_row.fill_(state.get("in_a_row", 0))
 
 
-def compile_network(model, wanted, dataset, device, precision=None, n=2):
-    """torch.compile for the UNet of `model`, tried with n images; one line says how it went, and training goes on.
+def prepare_network(model, cfg, dataset, device, precision=None, n=2, processes=1):
+    """Make the UNet of `model` fast for training with n images at once, as `cfg`, a `train_cfg`, wants it.
 
-    wanted: true, false, or None: on a GPU; precision, n: autocast's and the number of images that training calls it
-    with: a graph is of these alone, and others would be compiled anew. Only the call changes: weights keep their
-    names, and a copy of the model that was made before is not compiled. Returns whether it is compiled.
+    precision: autocast's. Only the call of the network in training mode changes: weights keep their names, and a copy
+    of the model that was made before stays as it is. One line says how it went; what does not work is left out.
+    Returns what was done: some of "compiled", "CUDA graphs".
     """
-    network = model.model
-    if not (device.type == "cuda" if wanted is None else wanted):
-        return False
-    network.forward = torch.compile(network.forward, dynamic=False)
+    on_gpu = device.type == "cuda"
+    # a graph writes its gradients to the same place every time, so those of several parts cannot be added up
+    record = (on_gpu if cfg["cuda_graphs"] is None else cfg["cuda_graphs"]) and processes == cfg["accumulate"] == 1
+    compiled = on_gpu and not record if cfg["compile"] is None else cfg["compile"]
+    done = []
+    for name, wanted, prepare in ("compiled", compiled, _compile), ("CUDA graphs", record, _record):
+        if wanted:
+            try:
+                with torch.random.fork_rng():
+                    prepare(model, lambda: _trial_loss(model, dataset, device, precision, n), precision)
+                done.append(name)
+                print(f"network: {name}", flush=True)
+            except Exception as e:  # no compiler, an operator it cannot take: it fails in many ways
+                print(f"network: {name} does not work here, going on without ({reason(e, 200)})", flush=True)
+            model.model.zero_grad()
+    return done
+
+
+def _compile(model, trial, precision):
+    """torch.compile. Its graph is of a batch size: another, a sample grid's for example, would be compiled anew."""
+    model.model.forward = torch.compile(model.model.forward, dynamic=False)
     try:
-        with torch.random.fork_rng():
-            _trial_loss(model, dataset, device, precision, n).backward()
-        print("the network is compiled", flush=True)
-        return True
-    except Exception as e:  # no compiler, an operator it cannot take: it fails in many ways
-        del network.forward
-        print(f"compile: does not work here, going on without ({reason(e, 200)})", flush=True)
-        return False
-    finally:
-        network.zero_grad()
+        trial().backward()
+    except Exception:
+        del model.model.forward
+        raise
 
 
-def record_network(model, wanted, dataset, device, precision=None, n=2):
-    """CUDA graphs of the UNet of `model`, in training mode, for n images: forward and backward are a launch each.
+def _record(model, trial, precision):
+    """CUDA graphs: forward and backward become one launch each.
 
-    Otherwise a small network's thousand kernels take the CPU longer to launch than the GPU to run. wanted: true, false,
-    or None: on a GPU; the rest is as in `compile_network`. A graph writes its gradients to the same place every time:
-    not for gradients of several parts of a batch, which are added up. Returns whether there are graphs.
+    Otherwise the CPU takes longer to launch a small network's thousand kernels than the GPU to run them.
     """
-    network, inputs = model.model, []
-    if not (device.type == "cuda" if wanted is None else wanted):
-        return False
-    hook = network.register_forward_pre_hook(lambda _, args: inputs.extend(x.detach().clone() for x in args))
+    inputs = []
+    hook = model.model.register_forward_pre_hook(lambda _, args: inputs.extend(x.detach().clone() for x in args))
     try:
-        with torch.random.fork_rng():
-            _trial_loss(model, dataset, device, precision, n)
-            hook.remove()
-            with torch.autocast(device.type, precision, enabled=precision is not None, cache_enabled=False):
-                torch.cuda.make_graphed_callables(network, tuple(inputs), allow_unused_input=True)
-        print("the network is recorded as CUDA graphs", flush=True)
-        return True
-    except Exception as e:
-        print(f"cuda_graphs: does not work here, going on without ({reason(e, 200)})", flush=True)
-        return False
+        trial()
     finally:
         hook.remove()
-        network.zero_grad()
+    # the graphs keep the nodes they were recorded with, of another stream; autograd waits for that one, and says so
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+    with torch.autocast(inputs[0].device.type, precision, enabled=precision is not None, cache_enabled=False):
+        torch.cuda.make_graphed_callables(model.model, tuple(inputs), allow_unused_input=True)
 
 
 def _trial_loss(model, dataset, device, precision, n):
