@@ -33,9 +33,10 @@ from libs.training import memory_format, pick_device
 
 SIGMAS = [0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0]  # where latents have a deviation of about 1
 LEAST = 10  # samples
-# settings in which runs of a kind may differ and still be repetitions of each other
-FREE = ("seed", "devices", "output_folder", "sample_cfg", "eval")
-FREE_INSIDE = {"dataset": ("data_folder",), "loader": ("num_workers",), "train_cfg": ("keep_last", "num_eval_samples"),
+# settings in which runs of a kind may differ and still be repetitions of each other, maybe on another machine
+FREE = ("seed", "devices", "dtype", "output_folder", "sample_cfg", "eval")
+FREE_INSIDE = {"dataset": ("data_folder",), "loader": ("num_workers",),
+               "train_cfg": ("compile", "cuda_graphs", "keep_last", "num_eval_samples"),
                "model": ("vae_encoder_weights", "vae_decoder_weights")}
 # column -> (key of a row's numbers, how it is printed)
 COLUMNS = {"FD to held-out images": ("fd_test", "{:.4g}"), "FD to training images": ("fd_train", "{:.4g}"),

@@ -23,7 +23,7 @@ def place(tmp_path):
     """Two random DDPMs and an EDM of one autoencoder's latents, and real images of 32 pixels."""
     place = Place(tmp_path)
     place.settings = place.latents()
-    place.runs = [place.run("ddpm_0", "seed=4"), place.run("ddpm_1", "seed=5"), place.run("edm_0", "model_name=EDM")]
+    place.runs = [place.run("ddpm_0", "seed=4"), place.run("ddpm_1", "seed=5", "dtype=bf16"), place.run("edm_0", "model_name=EDM")]
     return place
 
 
@@ -51,6 +51,7 @@ def test_rows_and_tables(place, call):
     saved = json.loads((place.root / "t.json").read_text())
     assert [(r["kind"], r["network_calls"]) for r in saved["rows"]] == [("DDPM", 4), ("DDPM", 4), ("EDM", 3)]
     assert [r["kind"] for r in saved["errors"]] == ["DDPM", "DDPM", "EDM"]
+    assert saved["errors"][0]["settings"] == saved["errors"][1]["settings"]  # a machine's precision makes no other kind
 
     # the second run's row, by hand: more samples than there are test images, and training images
     model, config = load_model(str(place.root / place.runs[1]))
