@@ -84,7 +84,7 @@ def samplers():
                len(same), mean([100 * row["label_accuracy"] for row in same], ".2f"),
                mean([row["fd_train"] for row in same], ".3f"), mean([row["recall"] for row in same], ".3f")]
     # DDPM's row, of a machine whose file was not kept: as it was printed
-    line = next(line for line in read("mnist_cpu/samplers_h100.md").splitlines() if line.startswith("|") and "euler_ancestral" in line)
+    line = next(x for x in read("mnist_cpu/samplers_h100.md").splitlines() if x.startswith("|") and "euler_ancestral" in x)
     cells = [re.sub(r" %| \(|\)", lambda m: " " if m[0] == " (" else "", cell.strip()).replace("±", r"$\pm$")
              for cell in line.strip("|").split("|")]
     yield [NAMES[cells[1]], cells[2], cells[4], cells[5], cells[6], cells[7], cells[10]]
@@ -96,6 +96,27 @@ CHANGES = {("mnist_cpu", ""): "none", ("mnist_cpu", "eta 0.0"): r"no noise on th
            ("mnist_cpu", "guidance_scale 1.2"): "less guidance, 1.2", ("mnist_cpu", "guidance_scale 1.6"): "more guidance, 1.6",
            ("adamw", ""): "trained with AdamW, not Muon",
            ("attention_P_std_1.1", ""): r"attention at $7 \times 7$, $P_{\mathrm{std}} = 1.1$"}
+
+
+def cats():
+    """compare_runs.py's rows, fewest network calls first."""
+    groups = {}
+    for row in read("afhq_cpu/runs.json")["rows"]:
+        groups.setdefault((row["network_calls"], row["kind"]), []).append(row)
+    for (calls, kind), same in sorted(groups.items()):
+        way = same[0]["way"]
+        sampler = NAMES[way["sampler"]] + (rf", $\eta = {way['eta']:g}$" if way.get("eta") else "")
+        yield [kind, sampler, way["steps"], calls, len(same),
+               *(mean([row[key] for row in same], ".3f") for key in ("fd_test", "fd_train", "precision", "recall"))]
+
+
+def denoising():
+    """Mean error of denoising held-out images by noise level, of each kind; two columns of levels."""
+    found = read("afhq_cpu/runs.json")
+    cells = [[f"{sigma:g}", *(mean([row["test"][k] for row in found["errors"] if row["kind"] == kind], ".4f")
+                              for kind in ("EDM", "DDPM"))] for k, sigma in enumerate(found["sigmas"])]
+    for left, right in zip(cells, cells[len(cells) // 2:]):
+        yield left + right
 
 
 def ablations():
