@@ -19,6 +19,7 @@ from libs.training import (ModelEMA, Updater, memory_format, peak_memory, pick_d
 
 # what a process of its own measures: training in three ways, or all samplers
 OURS, NAIVE, SAMPLERS = "training", "training, naively", "sampling"
+KINDS = ("convolutions", "attention", "linear layers", "the rest")  # of operators, see `kind_of`
 
 
 def written_out_attention(q, k, v, **_):
@@ -35,8 +36,8 @@ def attention_written_out():
         F.scaled_dot_product_attention = fused
 
 
-def operations(network, *inputs):
-    """Floating-point operations for one image: (forward, forward and backward); inputs: a batch, of any numbers.
+def operations_by_kind(network, *inputs):
+    """Floating-point operations for one image, {kind: number}: (forward, backward); inputs: a batch, of any numbers.
 
     Those of convolutions and matrix products, where a multiplication and an addition are two. They are counted from
     the shapes alone, the attention written out: what the network asks for, not what a kernel computes twice.
@@ -44,9 +45,29 @@ def operations(network, *inputs):
     network = copy.deepcopy(network).to("meta")
     with attention_written_out(), FlopCounterMode(display=False) as counter:
         out = network(*(x.to("meta") for x in inputs))
-        forward = counter.get_total_flops()
+        forward = dict(counter.get_flop_counts()["Global"])
         out.sum().backward()
-    return forward / len(out), counter.get_total_flops() / len(out)
+    kinds = [{}, {}]
+    for operator, n in counter.get_flop_counts()["Global"].items():
+        kind, before = kind_of(str(operator)), forward.get(operator, 0)
+        for counts, part in zip(kinds, (before, n - before)):
+            counts[kind] = counts.get(kind, 0) + part / len(out)
+    return kinds
+
+
+def operations(network, *inputs):
+    """`operations_by_kind`, all kinds together: (forward, forward and backward)."""
+    forward, backward = (sum(kind.values()) for kind in operations_by_kind(network, *inputs))
+    return forward, forward + backward
+
+
+def kind_of(operator):
+    """What an operator of the profile, or of the count of operations, is there for."""
+    if "convolution" in operator or "conv2d" in operator:
+        return "convolutions"
+    if "attention" in operator or "bmm" in operator:
+        return "attention"
+    return "linear layers" if operator in ("aten::mm", "aten::addmm", "aten.mm", "aten.addmm") else "the rest"
 
 
 def inputs_of(model):
@@ -209,8 +230,12 @@ def measure(config, kind, how, seconds):
 
 
 def profile(config, device):
-    """Lines of a table: the ten operators on which a training update spends most time."""
-    update, *_ = make_update(build(config), config, False, device)
+    """Lines of two tables: what a training update spends its time on, by kind and by operator (the first ten)."""
+    for trick in ("compile", "cuda_graphs"):  # they hide the operators
+        config["train_cfg"][trick] = False
+    model = build(config)
+    counts = [sum(part.get(kind, 0) for part in operations_by_kind(model.model, *inputs_of(model))) for kind in KINDS]
+    update, dtype, _ = make_update(model, config, False, device)
     for _ in range(3):
         update()
     kinds = torch.profiler.ProfilerActivity
@@ -218,9 +243,16 @@ def profile(config, device):
         update()
         wait(device)
     own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    times = [(getattr(e, own), e) for e in profiler.key_averages()
-             if e.device_type == torch.autograd.DeviceType.CPU]  # the operators; their kernels' time is in theirs
-    total = sum(t for t, _ in times)
+    times = sorted(((getattr(e, own), e.count, e.key) for e in profiler.key_averages()
+                    if e.device_type == torch.autograd.DeviceType.CPU), reverse=True)  # kernels' time is in theirs
+    total = sum(t for t, *_ in times)
+    rate, n = matmul_rate(device, dtype)
     yield f"an update of {total / 1e3:.1f} ms on {device}, by the operators' own time:"
-    for t, event in sorted(times, key=lambda pair: -pair[0])[:10]:
-        yield f"{t / total:6.1%} {t / 1e3:9.1f} ms {event.count:6} x  {event.key}"
+    for kind, per_image in zip(KINDS, counts):
+        t = sum(t for t, _, key in times if kind_of(key) == kind)
+        work = per_image * config["loader"]["batch_size"]
+        yield f"{t / total:6.1%} {t / 1e3:9.1f} ms  {kind}" + (
+            f": {work / 1e9:.1f} GFLOP, {work / t / 1e3:.0f} GFLOP/s, {work / t * 1e6 / rate:.0%} of matmul" if work else "")
+    yield f"(matmul: {rate / 1e9:.0f} GFLOP/s, matrices of {n} x {n}.) The ten operators that take most of it:"
+    for t, count, key in times[:10]:
+        yield f"{t / total:6.1%} {t / 1e3:9.1f} ms {count:6} x  {key}"

@@ -12,7 +12,8 @@ from torch import nn
 
 import benchmark
 import benchmark_measure
-from benchmark_measure import NAIVE, OURS, build, make_update, measure_samplers, operations
+from benchmark_measure import (NAIVE, OURS, build, inputs_of, make_update, measure_samplers, operations,
+                               operations_by_kind)
 from benchmark_others import OTHERS, build_other, fit, parameters
 from helpers import Place, one_line
 from libs import RunError, UsageError, load_config
@@ -56,6 +57,23 @@ def test_operations_of_a_convolution_and_a_matrix():
     forward, both = operations(Toy(), torch.zeros(4, 3, 8, 8))
     # back through the matrix to weights and input, through the first layer to its weights alone
     assert forward == conv + linear and both == 2 * conv + 3 * linear
+
+
+def test_operations_by_kind():
+    """A convolution, a linear layer and attention, counted by hand."""
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 8, bias=False)
+
+        def forward(self, x):
+            q = self.linear(self.conv(x).flatten(2).transpose(1, 2))[:, None]
+            return F.scaled_dot_product_attention(q, q, q)
+
+    forward, backward = operations_by_kind(Network(), torch.zeros(2, 3, 5, 5))
+    assert forward == {"convolutions": 2 * 25 * 9 * 3 * 8, "linear layers": 2 * 25 * 8 * 8, "attention": 4 * 25 * 25 * 8}
+    # with respect to weights and input, but of the first layer's weights alone
+    assert backward == {kind: n * (1 if kind == "convolutions" else 2) for kind, n in forward.items()}
 
 
 def test_operations_of_attention_whatever_the_kernel():
@@ -206,10 +224,15 @@ def test_medians_are_of_the_rounds_and_ratios_of_pairs():
 def test_profile(place, call, capsys):
     call(place.config, "--profile")
     heading, update, *lines = capsys.readouterr().out.splitlines()
-    assert "batch 2" in heading and "on cpu" in update and len(lines) == 10
-    shares = [float(line.split("%")[0]) for line in lines]
+    kinds, matmul, operators = lines[:4], lines[4], lines[5:]
+    assert "batch 2" in heading and "on cpu" in update and "GFLOP/s" in matmul and len(operators) == 10
+    shares = [float(line.split("%")[0]) for line in operators]
     assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100
-    assert any("convolution" in line for line in lines)
+    assert any("convolution" in line for line in operators)
+    assert sum(float(line.split("%")[0]) for line in kinds) == pytest.approx(100, abs=0.3)
+    work = [float(line.split(": ")[1].split(" GFLOP")[0]) for line in kinds[:3]]  # rounded to 0.1
+    model = benchmark.build(benchmark.load(place.config, []))
+    assert sum(work) == pytest.approx(2 * operations(model.model, *inputs_of(model))[1] / 1e9, abs=0.16)
 
 
 @pytest.mark.parametrize("arguments, says", [
