@@ -252,7 +252,8 @@ def profile(config, device):
         t = sum(t for t, _, key in times if kind_of(key) == kind)
         work = per_image * config["loader"]["batch_size"]
         yield f"{t / total:6.1%} {t / 1e3:9.1f} ms  {kind}" + (
-            f": {work / 1e9:.1f} GFLOP, {work / t / 1e3:.0f} GFLOP/s, {work / t * 1e6 / rate:.0%} of matmul" if work else "")
+            f": {work / 1e9:.1f} GFLOP, {work / t / 1e3:.0f} GFLOP/s, {work / t * 1e6 / rate:.0%} of matmul"
+            if work and t else "")
     yield f"(matmul: {rate / 1e9:.0f} GFLOP/s, matrices of {n} x {n}.) The ten operators that take most of it:"
     for t, count, key in times[:10]:
         yield f"{t / total:6.1%} {t / 1e3:9.1f} ms {count:6} x  {key}"
