@@ -18,12 +18,12 @@ import torch
 from tqdm import tqdm
 
 import libs
-from benchmark_measure import NAIVE, OURS, SAMPLERS, build, measure, profile
-from benchmark_others import OTHERS, fit, parameters
-from cli import Parser, check_output, positive, run
-from libs.errors import RunError, UsageError, reason
-from libs.files import whole_file
-from libs.training import pick_device
+from libs.training.speed import NAIVE, OURS, SAMPLERS, build, measure, profile
+from libs.training.other_unets import OTHERS, fit, parameters
+from libs.common.cli import Parser, check_output, positive, run
+from libs.common.errors import RunError, UsageError, first_line
+from libs.common.files import atomic_file
+from libs.training.update import pick_device
 
 LEGEND = """\
 training: updates as train.py makes them, of random images in memory, after one to warm up.
@@ -149,7 +149,7 @@ def others(config):
         try:
             found[name], n = fit(name, ours, config["model"])
         except ImportError as e:
-            print(f"{name} is left out: it needs `pip install {other.package}` ({reason(e)})")
+            print(f"{name} is left out: it needs `pip install {other.package}` ({first_line(e)})")
         else:
             how = ", ".join(f"{key} {value}" for key, value in found[name].items())
             print(f"{name}: {how}: {n:,} parameters for our {parameters(ours):,}")
@@ -190,7 +190,7 @@ def main():
     print(LEGEND.format(n=rows[0]["matmul_n"], rate=rows[0]["matmul_rate"] / 1e9))
     if args.json:
         figures = {"command": shlex.join(sys.argv), "machine": machine(device), "rows": rows}
-        with whole_file(args.json) as f:
+        with atomic_file(args.json) as f:
             f.write(json.dumps(figures, indent=1).encode())
 
 

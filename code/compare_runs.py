@@ -17,19 +17,19 @@ import torch
 from tqdm import tqdm
 
 import libs
-from cli import Parser, positive, run
+from libs.common.cli import Parser, positive, run
 from compare_samplers import markdown, parse_table_args, parse_way
-from libs.checkpoint import load_checkpoint, model_file
-from libs.classifier import file_hash
+from libs.common.checkpoint import load_checkpoint, model_file
+from libs.evaluation.classifier import file_hash
 from libs.datasets import build_dataset
 from libs.drawing import draw_images
-from libs.errors import UsageError, shown
-from libs.evaluation import RealImages, against, denoising_error, labels_like
-from libs.features import EXTRACTORS
-from libs.files import whole_file
-from libs.images import ImageSet, to_uint8
+from libs.common.errors import UsageError, display_path
+from libs.evaluation.report import RealImages, against, denoising_error, labels_like
+from libs.evaluation.features import EXTRACTORS
+from libs.common.files import atomic_file
+from libs.data.images import ImageSet, to_uint8
 from libs.models import MODELS, model_from
-from libs.training import memory_format, pick_device
+from libs.training.update import memory_format, pick_device
 
 SIGMAS = [0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0]  # where latents have a deviation of about 1
 LEAST = 10  # samples
@@ -84,9 +84,9 @@ def load_output(path):
 
 
 def save(path, saved):
-    with whole_file(path) as f:
+    with atomic_file(path) as f:
         f.write(json.dumps(saved, indent=1).encode())
-    with whole_file(markdown(path)) as f:
+    with atomic_file(markdown(path)) as f:
         f.write(("\n".join(tables(saved)) + "\n").encode())
 
 
@@ -167,7 +167,7 @@ def load_run(path, data_folder):
              else section for key, section in config.items() if key not in FREE}
     if data_folder:
         config["dataset"]["data_folder"] = data_folder
-    about = {"run": shown(path), "hash": file_hash(path), "kind": config["model_name"], "seed": config["seed"],
+    about = {"run": display_path(path), "hash": file_hash(path), "kind": config["model_name"], "seed": config["seed"],
              "settings": sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:6], "updates": state["step"],
              "parameters": sum(p.numel() for p in model.model.parameters())}
     return model, config, state.get("classes"), about

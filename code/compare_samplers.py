@@ -18,17 +18,17 @@ import yaml
 from tqdm import tqdm
 
 import libs
-from cli import SETTINGS, Parser, check_output, interval, positive, run
-from libs.checkpoint import load_checkpoint, model_file
-from libs.classifier import file_hash
+from libs.common.cli import SETTINGS, Parser, check_output, interval, positive, run
+from libs.common.checkpoint import load_checkpoint, model_file
+from libs.evaluation.classifier import file_hash
 from libs.config import check_value
 from libs.drawing import draw_images
-from libs.errors import UsageError, shown
-from libs.evaluation import RealImages, evaluate, labels_like, scalars
-from libs.files import whole_file
-from libs.images import ImageSet, to_uint8
+from libs.common.errors import UsageError, display_path
+from libs.evaluation.report import RealImages, evaluate, labels_like, scalars
+from libs.common.files import atomic_file
+from libs.data.images import ImageSet, to_uint8
 from libs.models import model_from
-from libs.training import memory_format, pick_device
+from libs.training.update import memory_format, pick_device
 
 # column -> (key of a row's numbers, how it is printed, factor)
 COLUMNS = {"label accuracy": ("label_accuracy", "{:.2f} %", 100), "FD": ("fd_train", "{:.3f}", 1),
@@ -100,9 +100,9 @@ def load_rows(path, key):
 
 
 def save(path, head, rows):
-    with whole_file(path) as f:
+    with atomic_file(path) as f:
         f.write(json.dumps({**head, "rows": rows}, indent=1).encode())
-    with whole_file(markdown(path)) as f:
+    with atomic_file(markdown(path)) as f:
         f.write(("\n".join(table(head, rows)) + "\n").encode())
 
 
@@ -146,13 +146,13 @@ def main():
     device = pick_device([args.device])
     real = RealImages(config, device)
     if list(state.get("classes", real.train.classes)) != list(real.train.classes):
-        raise UsageError(f"{shown(path)}: its classes are not those of the data set; evaluate.py matches them by name")
+        raise UsageError(f"{display_path(path)}: its classes are not those of the data set; evaluate.py matches them by name")
     # what rows must have in common to stand in one table
     head = {"num": args.num, "data": real.train.digest()[:12], "extractor_hash": real.extractor.hash,
             "device": str(device)}
     rows = load_rows(args.output, head)
     done = {(row["hash"], json.dumps(row["way"]), row["seed"]) for row in rows}
-    name, digest = shown(args.checkpoint), file_hash(path)
+    name, digest = display_path(args.checkpoint), file_hash(path)
     todo = [(way, seed) for seed in range(args.seeds) for way in ways
             if (digest, json.dumps(way), seed) not in done]
 

@@ -13,19 +13,19 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import libs
-from cli import Parser, add_sampler_flags, check_output, positive, run, sampler_settings
-from libs.checkpoint import load_checkpoint, model_file
+from libs.common.cli import Parser, add_sampler_flags, check_output, positive, run, sampler_settings
+from libs.common.checkpoint import load_checkpoint, model_file
 from libs.drawing import draw_images
-from libs.errors import UsageError, shown
-from libs.evaluation import RealImages, evaluate, labels_like, scalars
-from libs.features import EXTRACTORS
-from libs.files import whole_file
-from libs.images import ImageSet, read_images, to_uint8
-from libs.memorization import LEAST
+from libs.common.errors import UsageError, display_path
+from libs.evaluation.report import RealImages, evaluate, labels_like, scalars
+from libs.evaluation.features import EXTRACTORS
+from libs.common.files import atomic_file
+from libs.data.images import ImageSet, read_images, to_uint8
+from libs.evaluation.memorization import LEAST
 from libs.models import model_from
-from libs.pictures import sheet, write_png
-from libs.seeds import seeded_generator
-from libs.training import memory_format, pick_device
+from libs.common.pictures import sheet, write_png
+from libs.common.seeds import seeded_generator
+from libs.training.update import memory_format, pick_device
 
 
 def parse_args():
@@ -156,7 +156,7 @@ def main():
         state = load_checkpoint(checkpoint)
         model, config = model_from(state, checkpoint)
         if args.config:
-            raise UsageError(f"--config: {args.config} is for images; the checkpoint {shown(checkpoint)} has its own")
+            raise UsageError(f"--config: {args.config} is for images; the checkpoint {display_path(checkpoint)} has its own")
         what, folder = os.path.basename(checkpoint).split(".")[0], os.path.dirname(os.path.abspath(checkpoint))
         options = libs.sampling_options(config, **sampler_settings(args))
         model.plan(**options)  # so that what cannot be is said now
@@ -177,7 +177,7 @@ def main():
     if len(real.test) < LEAST and not args.no_memorization:
         raise UsageError(f"the data set has {len(real.test)} test images, too few to look for copies (at least {LEAST}); "
                          "give --no-memorization")
-    figures = {"source": shown(args.source), "data": config["dataset"]["name"]}
+    figures = {"source": display_path(args.source), "data": config["dataset"]["name"]}
     if state is None:
         images = read_images(args.source, channels=real.train.shape[1], classes=real.train.classes)
         order = torch.randperm(len(images), generator=seeded_generator(args.seed, "subset"))
@@ -195,10 +195,10 @@ def main():
     report = evaluate(images, real, not args.no_memorization)
     figures |= {**report, "seconds": round(time.time() - started, 1)}
     print("\n".join(table(report)))
-    with whole_file(json_path) as f:
+    with atomic_file(json_path) as f:
         f.write(json.dumps(figures, indent=1).encode())
     write_png(png_path, picture(images, real, report))
-    print(f"{figures['seconds']:.0f} s; figures in {shown(json_path)}, picture in {shown(png_path)}")
+    print(f"{figures['seconds']:.0f} s; figures in {display_path(json_path)}, picture in {display_path(png_path)}")
     if run_folder and state is not None:
         with SummaryWriter(os.path.join(run_folder, "logs")) as board:
             for tag, value in scalars(report).items():

@@ -5,8 +5,8 @@ python ./export.py ../logs/RUN/model_final.pth.tar ../logs/RUN/model.pth.tar [--
 
 import os
 
-from cli import Parser, check_output, run
-from libs.checkpoint import load_checkpoint, save_checkpoint
+from libs.common.cli import Parser, check_output, run
+from libs.common.checkpoint import load_checkpoint, save_checkpoint
 
 
 def main():

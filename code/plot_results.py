@@ -18,12 +18,12 @@ import statistics
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from cli import Parser, check_output, positive, run
-from libs.autoencoder_training import GRID_ROW
-from libs.autoencoder_training import NAME as AUTOENCODER
-from libs.errors import UsageError, reason, shown
-from libs.files import whole_file
-from libs.pictures import CAPTION, write_png
+from libs.common.cli import Parser, check_output, positive, run
+from libs.training.autoencoder import GRID_ROW
+from libs.training.autoencoder import NAME as AUTOENCODER
+from libs.common.errors import UsageError, first_line, display_path
+from libs.common.files import atomic_file
+from libs.common.pictures import CAPTION, write_png
 
 WIDTH = 6.3  # inches: the text of an A4 page
 TENTHS = "loss_by_time/"  # and the tenth's beginning: train.py's tags
@@ -66,7 +66,7 @@ def log_scale(axis):
 def write_figure(path, figure):
     data = io.BytesIO()
     figure.savefig(data, format="pdf", metadata={"CreationDate": None})  # the same numbers give the same file
-    with whole_file(path) as f:
+    with atomic_file(path) as f:
         f.write(data.getvalue())
 
 
@@ -92,7 +92,7 @@ def read_config(folder):
         per_row = GRID_ROW if config["model_name"] == AUTOENCODER else config["train_cfg"]["num_eval_samples"]
         return config["loader"]["batch_size"], per_row
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as e:
-        raise UsageError(f"{folder} is no run folder: its config.txt cannot be read ({reason(e)})") from None
+        raise UsageError(f"{folder} is no run folder: its config.txt cannot be read ({first_line(e)})") from None
 
 
 def write_curves(path, curves):
@@ -105,7 +105,7 @@ def write_curves(path, curves):
     writer = csv.DictWriter(text, ["step", *curves], restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows({"step": step, **values} for step, values in sorted(table.items()))
-    with whole_file(path) as f:
+    with atomic_file(path) as f:
         f.write(text.getvalue().encode())
 
 
@@ -249,7 +249,7 @@ def read_comparison(path):
                  row["network_calls"], row["fd_train"]) for row in saved["rows"]]
         saved["metric"], saved["n"], saved["floor"], rows[0]
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
-        raise UsageError(f"{path} is no file of compare_samplers.py with rows in it ({reason(e)})") from None
+        raise UsageError(f"{path} is no file of compare_samplers.py with rows in it ({first_line(e)})") from None
     keys = list(dict.fromkeys(key for series, _, _ in rows for key in series))
     apart = [key for key in keys if len({series.get(key) for series, _, _ in rows}) > 1]
     return saved, [(", ".join(series[key] if key in ("model", "hash", "sampler") else f"{key} {series[key]}"
@@ -296,7 +296,7 @@ def main():
         check_output(os.path.join(folder, name), args.overwrite)
     for name, make in makers.items():
         make(os.path.join(folder, name))
-    print(f"{', '.join(makers)} in {shown(folder)}")
+    print(f"{', '.join(makers)} in {display_path(folder)}")
 
 
 if __name__ == "__main__":

@@ -14,15 +14,15 @@ import torch
 from tqdm import tqdm
 
 import libs
-from cli import Parser, add_sampler_flags, check_output, positive, run, sampler_settings
-from libs.checkpoint import load_checkpoint, model_file
+from libs.common.cli import Parser, add_sampler_flags, check_output, positive, run, sampler_settings
+from libs.common.checkpoint import load_checkpoint, model_file
 from libs.drawing import draw_images, interpolated_noise
-from libs.errors import UsageError, shown
-from libs.images import to_uint8, write_npz
+from libs.common.errors import UsageError, display_path
+from libs.data.images import to_uint8, write_npz
 from libs.models import model_from
-from libs.pictures import folder_names, grid, sheet, write_folder, write_gif, write_png
-from libs.seeds import image_noise
-from libs.training import memory_format, pick_device
+from libs.common.pictures import folder_names, grid, sheet, write_folder, write_gif, write_png
+from libs.common.seeds import image_noise
+from libs.training.update import memory_format, pick_device
 
 FRAMES = 40  # of an animation, at most
 BAR = "{percentage:3.0f} %|{bar}| {elapsed}, {remaining} left"
@@ -65,7 +65,7 @@ def kind_of_output(path, overwrite):
     if path.endswith(("/", os.sep)) or os.path.isdir(path):
         path = os.path.realpath(path)
         if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path):
-            raise UsageError(f"--output: {shown(path)} exists; a folder for images must be new or empty")
+            raise UsageError(f"--output: {display_path(path)} exists; a folder for images must be new or empty")
         check_output(path, overwrite=True)
         return "folder"
     kind = os.path.splitext(path)[1][1:]

@@ -6,18 +6,18 @@ from functools import partial
 import torch
 
 import libs
-from cli import Parser, add_training_flags, run
-from libs.checkpoint import check_data, set_aside_later
-from libs.distributed import World
-from libs.errors import UsageError, shown
-from libs.evaluation import RealImages
-from libs.latents import cached_latents
+from libs.common.cli import Parser, add_training_flags, run
+from libs.common.checkpoint import check_data, set_aside_later
+from libs.training.distributed import World
+from libs.common.errors import UsageError, display_path
+from libs.evaluation.report import RealImages
+from libs.data.latents import cached_latents
 from libs.models import check_autoencoder
-from libs.optimizers import build_optimizer
-from libs.seeds import seed_everything, seeded_generator
-from libs.training import (AverageMeter, ModelEMA, Signals, TenthsMeter, Updater, learning_rate, measure_data,
+from libs.training.optimizers import build_optimizer
+from libs.common.seeds import seed_everything, seeded_generator
+from libs.training.update import (AverageMeter, ModelEMA, Signals, TenthsMeter, Updater, learning_rate, measure_data,
                            memory_format, peak_memory, pick_device, pick_precision, prepare_network)
-from run_folder import RunFolder, describe, find_place, restore, resume_command
+from libs.training.run_folder import RunFolder, describe, find_place, restore, resume_command
 
 
 def parse_args():
@@ -91,7 +91,7 @@ def main():
         del state
         if world.first:
             set_aside_later(resume_path)
-            print(f"resumed from {shown(resume_path)}: {epoch} epochs and {batch} batches done, update {step}")
+            print(f"resumed from {display_path(resume_path)}: {epoch} epochs and {batch} batches done, update {step}")
 
     """5. Run folder"""
     out = RunFolder(folder, config, step, total_steps, loader.batch_size, active=world.first)
@@ -176,9 +176,9 @@ def main():
     out.close()
     world.close()
     if stop:
-        out.say(f"saved {shown(path)}; go on with: {resume_command(args, folder)}")
+        out.say(f"saved {display_path(path)}; go on with: {resume_command(args, folder)}")
         return 128 + stop
-    out.say(f"done: {shown(folder)} holds model_final.pth.tar and the sample grids; "
+    out.say(f"done: {display_path(folder)} holds model_final.pth.tar and the sample grids; "
             f"peak memory {peak_memory(device) / 2 ** 30:.2f} GiB")
 
 

@@ -14,22 +14,22 @@ from collections import defaultdict
 
 import torch
 
-from cli import Parser, add_training_flags, check_output, run
-from libs.autoencoder_training import (GRID_ROW, WHOLE_FROM, TrainedTAESD, build_optimizer, draw_crops, evaluate,
+from libs.common.cli import Parser, add_training_flags, check_output, run
+from libs.training.autoencoder import (GRID_ROW, WHOLE_FROM, TrainedTAESD, build_optimizer, draw_crops, evaluate,
                                        load_images, load_settings)
-from libs.checkpoint import check_data, set_aside_later
-from libs.classifier import file_hash
+from libs.common.checkpoint import check_data, set_aside_later
+from libs.evaluation.classifier import file_hash
 from libs.datasets import describe_dataset
-from libs.distributed import World
-from libs.errors import UsageError, shown
-from libs.folders import find_split
-from libs.files import save_tensors, whole_file
-from libs.pictures import grid, write_png
-from libs.seeds import seed_everything
+from libs.training.distributed import World
+from libs.common.errors import UsageError, display_path
+from libs.data.folders import find_split
+from libs.common.files import save_tensors, atomic_file
+from libs.common.pictures import grid, write_png
+from libs.common.seeds import seed_everything
 from libs.tiny_autoencoder import TAESD
-from libs.training import (AverageMeter, ModelEMA, Signals, Updater, learning_rate, memory_format, peak_memory,
+from libs.training.update import (AverageMeter, ModelEMA, Signals, Updater, learning_rate, memory_format, peak_memory,
                            pick_device, pick_precision)
-from run_folder import RunFolder, describe, find_place, restore, resume_command
+from libs.training.run_folder import RunFolder, describe, find_place, restore, resume_command
 
 QUICK = 32  # test images that are measured while training
 
@@ -63,10 +63,10 @@ def report(encoder, decoder, images, data, split, device, path):
     figures = {"data": data["name"], "split": split, "images": len(images), "img_size": data["img_size"], **figures,
                "encoder": file_hash(encoder), "decoder": file_hash(decoder)}
     print(f"PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f}; {json.dumps(figures['latents'])}")
-    with whole_file(f"{path}.json") as f:
+    with atomic_file(f"{path}.json") as f:
         f.write(json.dumps(figures, indent=1).encode())
     write_png(f"{path}.png", grid(reconstructions, 10))
-    print(f"figures in {shown(path)}.json, reconstructions in {shown(path)}.png", flush=True)
+    print(f"figures in {display_path(path)}.json, reconstructions in {display_path(path)}.png", flush=True)
 
 
 def held_out(data, split):
@@ -128,7 +128,7 @@ def main():
         check_data(state, resume_path, updates, data["data_folder"])
         step = restore(state, resume_path, cfg, model, ema, optimizer, updater)
         set_aside_later(resume_path)
-        print(f"resumed from {shown(resume_path)}: update {step}", flush=True)
+        print(f"resumed from {display_path(resume_path)}: update {step}", flush=True)
         del state
     first_step = step
 
@@ -153,7 +153,7 @@ def main():
         write_png(os.path.join(folder, name), grid(others, GRID_ROW))
         for tag, x in (("images", images), ("reconstructions", others)):
             out.board.add_images(tag, x, step)
-        out.say(f"saved {shown(out.last_good)} and {name}: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f} "
+        out.say(f"saved {display_path(out.last_good)} and {name}: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f} "
                 f"of {min(QUICK, len(test))} {split} images")
 
     """6. Training"""
@@ -198,7 +198,7 @@ def main():
     path = save(is_final=not stop)
     if stop:
         out.close()
-        out.say(f"saved {shown(path)}; go on with: {resume_command(args, folder)}")
+        out.say(f"saved {display_path(path)}; go on with: {resume_command(args, folder)}")
         return 128 + stop
     look()
     out.close()
@@ -208,9 +208,9 @@ def main():
     for half in ("encoder", "decoder"):
         files.append(os.path.join(folder, f"{half}.pth"))
         weights = getattr(ema.module.model, half).state_dict()
-        with whole_file(files[-1]) as f:
+        with atomic_file(files[-1]) as f:
             save_tensors({name: w.half().cpu().contiguous() for name, w in weights.items()}, f)
-    print(f"done: {shown(files[0])} and decoder.pth, for model.vae_encoder_weights and model.vae_decoder_weights",
+    print(f"done: {display_path(files[0])} and decoder.pth, for model.vae_encoder_weights and model.vae_decoder_weights",
           flush=True)
     report(*files, test, data, split, device, os.path.join(folder, "evaluation"))
 

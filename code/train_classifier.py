@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from cli import Parser, check_output, positive, run
+from libs.common.cli import Parser, check_output, positive, run
 from libs import build_dataset
-from libs.classifier import WEIGHTS, DigitClassifier, accuracy, file_hash
-from libs.seeds import seed_everything
+from libs.evaluation.classifier import WEIGHTS, DigitClassifier, accuracy, file_hash
+from libs.common.seeds import seed_everything
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data")
 BATCH, MAX_LR = 250, 4e-3

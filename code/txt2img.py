@@ -13,16 +13,16 @@ from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from cli import Parser, check_output, positive, run
-from libs.errors import UsageError, shown
-from libs.files import whole_file
-from libs.images import to_uint8
+from libs.common.cli import Parser, check_output, positive, run
+from libs.common.errors import UsageError, display_path
+from libs.common.files import atomic_file
+from libs.data.images import to_uint8
 from libs.stable_diffusion import load_checkpoint, seeded
 from libs.stable_diffusion.checkpoint import build_parts, weight_bytes
 from libs.stable_diffusion.config import load_config
 from libs.stable_diffusion.memory import PeakMemory, check_memory, drawing_bytes
 from libs.stable_diffusion.model import DTYPES, check_size, load_taesd
-from libs.training import peak_memory, pick_device
+from libs.training.update import peak_memory, pick_device
 
 BAR = "{percentage:3.0f} %|{bar}| {elapsed}, {remaining} left"
 
@@ -99,7 +99,7 @@ def write_picture(path, image, about):
     info = PngInfo()
     for key, value in about.items():
         info.add_text(key, str(value).encode("utf-8", "replace").decode())  # a terminal may send what is no text
-    with whole_file(path) as f:
+    with atomic_file(path) as f:
         to_pil_image(image).save(f, "PNG", pnginfo=info)
 
 
@@ -134,7 +134,7 @@ def main():
             sd.use_taesd(config["taesd_decoder"])
         plan = sd.plan(way["sampler"], way["steps"], way["guidance_scale"])
         weights = sum(p.numel() * p.element_size() for p in sd.parameters())
-        print(f"{shown(args.ckpt)}: {sd.summary}\nloaded in {time.time() - started:.1f} s; the weights have "
+        print(f"{display_path(args.ckpt)}: {sd.summary}\nloaded in {time.time() - started:.1f} s; the weights have "
               f"{gib(weights)}; memory beside mapped files at most {gib(memory.peak)}")
     for prompt in dict.fromkeys([way["negative_prompt"], *(prompt for prompt, _ in jobs)]):
         if sd.tokenizer.surplus(prompt):

@@ -18,9 +18,9 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "code"))
 
 import random_sd_checkpoint  # noqa: E402
-from cli import Parser, positive, run  # noqa: E402
-from libs.errors import RunError, UsageError  # noqa: E402
-from libs.images import to_uint8  # noqa: E402
+from libs.common.cli import Parser, positive, run  # noqa: E402
+from libs.common.errors import RunError, UsageError  # noqa: E402
+from libs.data.images import to_uint8  # noqa: E402
 from libs.stable_diffusion import load_checkpoint, seeded  # noqa: E402
 from libs.stable_diffusion.autoencoder import LATENT_SCALE  # noqa: E402
 from libs.stable_diffusion.config import DEFAULTS, load_config  # noqa: E402

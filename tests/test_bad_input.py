@@ -14,7 +14,7 @@ from helpers import Evil, Place
 from libs import RunError, UsageError, datasets, load_model
 from libs.config import CODE
 from libs.tiny_autoencoder import TAESD, build_decoder
-from cli import run
+from libs.common.cli import run
 
 
 @pytest.fixture

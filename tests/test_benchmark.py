@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import benchmark
-import benchmark_measure
-from benchmark_measure import (NAIVE, OURS, build, inputs_of, make_update, measure_samplers, operations,
+import libs.training.speed as benchmark_measure
+from libs.training.speed import (NAIVE, OURS, build, inputs_of, make_update, measure_samplers, operations,
                                operations_by_kind)
-from benchmark_others import OTHERS, build_other, fit, parameters
+from libs.training.other_unets import OTHERS, build_other, fit, parameters
 from helpers import Place, one_line
 from libs import RunError, UsageError, load_config
 from libs.blocks import CrossAttention

@@ -13,10 +13,10 @@ import torch
 from helpers import Evil, one_line
 from libs import RunError, UsageError, find_checkpoint, load_checkpoint, save_checkpoint
 from libs import checkpoint
-from libs.checkpoint import (FINAL, check_resumable, checkpoint_name, list_checkpoints, model_file,
+from libs.common.checkpoint import (FINAL, check_resumable, checkpoint_name, list_checkpoints, model_file,
                              remove_old_checkpoints, set_aside_later)
 from libs.config import complete_config
-from libs.seeds import rng_state
+from libs.common.seeds import rng_state
 
 
 def state(epoch=1, **more):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from libs import UsageError, build_dataset
-from libs.classifier import WEIGHTS, DigitClassifier, accuracy, file_hash, load_classifier
+from libs.evaluation.classifier import WEIGHTS, DigitClassifier, accuracy, file_hash, load_classifier
 
 CODE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "code")
 

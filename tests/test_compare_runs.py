@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import compare_runs
-from cli import run
+from libs.common.cli import run
 from helpers import Place
 from libs.drawing import draw_images
-from libs.evaluation import RealImages, denoising_error, labels_like
-from libs.fid import FeatureStatistics, frechet_distance
-from libs.images import to_uint8
+from libs.evaluation.report import RealImages, denoising_error, labels_like
+from libs.evaluation.fid import FeatureStatistics, frechet_distance
+from libs.data.images import to_uint8
 from libs.models import load_model
 
 

@@ -6,11 +6,11 @@ import sys
 import pytest
 
 import compare_samplers
-from cli import run
+from libs.common.cli import run
 from helpers import Place
 from libs.drawing import draw_images
-from libs.evaluation import RealImages, evaluate, labels_like
-from libs.images import ImageSet, to_uint8
+from libs.evaluation.report import RealImages, evaluate, labels_like
+from libs.data.images import ImageSet, to_uint8
 from libs.models import load_model
 
 

@@ -7,7 +7,7 @@ from helpers import one_line, tree
 from libs import UsageError, build_dataloader, build_dataset
 from libs import folders
 from libs.datasets import KNOWN, BatchLoader, ImageDataset
-from libs.folders import FileImages
+from libs.data.folders import FileImages
 
 
 def load(root, split="train", name="ImageFolder", img_size=16, **options):

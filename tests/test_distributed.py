@@ -11,7 +11,7 @@ import torch
 
 from helpers import one_line, tree
 from libs import UsageError
-from libs.distributed import World
+from libs.training.distributed import World
 
 CODE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "code")
 CONFIG = """
@@ -29,14 +29,14 @@ sample_cfg: {{steps: 2}}
 WRAPPER = """
 import os, signal, sys
 sys.path.insert(0, os.getcwd())
-import cli, libs.training
-update, calls = libs.training.ModelEMA.update, []
+import libs.training.update
+update, calls = libs.training.update.ModelEMA.update, []
 def patched(self, model):
     update(self, model)
     calls.append(1)
     if len(calls) == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
-libs.training.ModelEMA.update = patched
+libs.training.update.ModelEMA.update = patched
 import train
 cli.run(train.main)
 """
@@ -46,7 +46,7 @@ import os, sys, time
 from datetime import timedelta
 sys.path.insert(0, os.getcwd())
 import torch
-from libs.distributed import World, lost_peer
+from libs.training.distributed import World, lost_peer
 World.TIMEOUT = timedelta(seconds=3)
 child = os.fork()
 os.environ["RANK"] = "0" if child else "1"

@@ -12,10 +12,10 @@ from torchvision.utils import save_image
 
 import evaluate
 import train
-from cli import run
+from libs.common.cli import run
 from helpers import Place, tree
 from libs.config import portable
-from libs.images import write_npz
+from libs.data.images import write_npz
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from helpers import Place, one_line, picture
 from libs import UsageError
 from libs.config import load_config
 from libs.datasets import build_dataset
-from libs.evaluation import RealImages, against, denoising_error, evaluate, labels_like, scalars
-from libs.features import Extractor
-from libs.fid import FeatureStatistics, frechet_distance, precision_recall
-from libs.images import ImageSet, to_uint8
+from libs.evaluation.report import RealImages, against, denoising_error, evaluate, labels_like, scalars
+from libs.evaluation.features import Extractor
+from libs.evaluation.fid import FeatureStatistics, frechet_distance, precision_recall
+from libs.data.images import ImageSet, to_uint8
 
 
 class Corners(Extractor):

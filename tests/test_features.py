@@ -9,10 +9,10 @@ import torch
 
 from helpers import Evil, one_line, picture
 from libs import UsageError, features
-from libs.classifier import accuracy, file_hash, load_classifier
-from libs.features import extract_features, load_extractor, real_statistics
-from libs.fid import FeatureStatistics, frechet_distance
-from libs.images import ImageSet, to_channels
+from libs.evaluation.classifier import accuracy, file_hash, load_classifier
+from libs.evaluation.features import extract_features, load_extractor, real_statistics
+from libs.evaluation.fid import FeatureStatistics, frechet_distance
+from libs.data.images import ImageSet, to_channels
 from libs.tiny_autoencoder import TAESD
 
 

@@ -6,7 +6,7 @@ import torch
 
 from helpers import one_line
 from libs import UsageError, fid
-from libs.fid import FeatureStatistics, frechet_distance, kernel_distance, precision_recall, squared_mmd
+from libs.evaluation.fid import FeatureStatistics, frechet_distance, kernel_distance, precision_recall, squared_mmd
 
 
 @pytest.fixture

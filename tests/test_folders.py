@@ -11,7 +11,7 @@ from PIL import Image
 from helpers import one_line, picture, tree
 from libs import UsageError, build_dataloader, build_dataset
 from libs.datasets import ImageDataset
-from libs.folders import decode
+from libs.data.folders import decode
 
 
 def load(root, split="train", name="ImageFolder", img_size=16, **options):

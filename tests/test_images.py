@@ -11,9 +11,9 @@ from torchvision.utils import save_image
 
 from helpers import Evil, one_line, picture, tree
 from libs import RunError, UsageError, build_dataset
-from libs.folders import FileImages
-from libs.files import whole_file
-from libs.images import ImageSet, read_images, to_channels, to_uint8, write_npz
+from libs.data.folders import FileImages
+from libs.common.files import atomic_file
+from libs.data.images import ImageSet, read_images, to_channels, to_uint8, write_npz
 
 
 def flat(folder, images, names="{:02d}.png"):
@@ -108,13 +108,13 @@ def test_a_broken_write_leaves_the_old_file(tmp_path):
     path = str(tmp_path / "x.npz")
     write_npz(path, noise(2, 1, 4, 4))
     before = open(path, "rb").read()
-    with pytest.raises(RunError, match="no space") as error, whole_file(path) as f:
+    with pytest.raises(RunError, match="no space") as error, atomic_file(path) as f:
         f.write(b"half")
         raise OSError("no space")
     one_line(error)
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as f:
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as f:
         raise KeyboardInterrupt
-    with pytest.raises(RuntimeError, match="^a bug"), whole_file(path):  # not the disk's fault
+    with pytest.raises(RuntimeError, match="^a bug"), atomic_file(path):  # not the disk's fault
         raise RuntimeError("a bug")
     assert open(path, "rb").read() == before and os.listdir(tmp_path) == ["x.npz"]
     with pytest.raises(RunError, match="cannot write"):

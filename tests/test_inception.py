@@ -13,10 +13,10 @@ from PIL import Image
 
 from helpers import Evil, one_line, picture
 from libs import RunError, UsageError, features
-from libs.classifier import file_hash
-from libs.features import InceptionExtractor, extract_features, fetch_inception, load_extractor
-from libs.fid import FeatureStatistics, frechet_distance
-from libs.images import read_images
+from libs.evaluation.classifier import file_hash
+from libs.evaluation.features import InceptionExtractor, extract_features, fetch_inception, load_extractor
+from libs.evaluation.fid import FeatureStatistics, frechet_distance
+from libs.data.images import read_images
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from helpers import one_line, tree
 from libs import DDPM, RunError, UsageError, build_dataset, folders, latents
 from libs.config import CODE
 from libs.datasets import BatchLoader, ImageDataset
-from libs.latents import LatentDataset, cached_latents, kept_views
+from libs.data.latents import LatentDataset, cached_latents, kept_views
 from libs.tiny_autoencoder import build_decoder, build_encoder
 
 CPU = torch.device("cpu")

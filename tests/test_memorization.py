@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from helpers import one_line
 
 from libs import memorization
-from libs.classifier import load_classifier
-from libs.errors import UsageError
-from libs.memorization import (KINDS, LEVEL, SCALES, MemorizationTest, Space, c_t, cell_of, copied_share, fisher_p,
+from libs.evaluation.classifier import load_classifier
+from libs.common.errors import UsageError
+from libs.evaluation.memorization import (KINDS, LEVEL, SCALES, MemorizationTest, Space, c_t, cell_of, copied_share, fisher_p,
                                k_means, mann_whitney_z, near_copies, slip_in, verdict)
 
 SHARES = (0.01, 0.1, 1.0)

@@ -5,8 +5,8 @@ import torch
 from helpers import one_line
 
 from libs import neighbours
-from libs.errors import UsageError
-from libs.neighbours import nearest
+from libs.common.errors import UsageError
+from libs.evaluation.neighbours import nearest
 
 
 def all_distances(queries, bank, skip=None):

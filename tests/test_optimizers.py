@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import libs
 from helpers import SMALL
 from libs.config import DEFAULTS
-from libs.optimizers import Muon, build_optimizer, is_hidden_kernel, orthogonalize
+from libs.training.optimizers import Muon, build_optimizer, is_hidden_kernel, orthogonalize
 
 CFG = {**DEFAULTS["train_cfg"], "optimizer": "muon", "lr": 1e-2, "weight_decay": 0.1}
 

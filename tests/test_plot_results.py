@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 import plot_results
 from helpers import one_line
 from libs.config import CODE
-from libs.errors import UsageError
+from libs.common.errors import UsageError
 
 
 def make_run(folder, grids=(1, 2, 3)):

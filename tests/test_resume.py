@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-import run_folder
+import libs.training.run_folder as run_folder
 from libs.tiny_autoencoder import TAESD, build_decoder, build_encoder
 
 CODE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "code")

@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 
 import sample
-from cli import run
+from libs.common.cli import run
 from helpers import Place
 from libs import load_model, sampling_options
 from libs.diffusion import Diffusion
 from libs.drawing import interpolated_noise
-from libs.images import read_images, to_uint8
-from libs.pictures import folder_names, grid, write_folder, write_gif
+from libs.data.images import read_images, to_uint8
+from libs.common.pictures import folder_names, grid, write_folder, write_gif
 from libs.samplers import image_generator
-from libs.seeds import image_noise
+from libs.common.seeds import image_noise
 from libs.unet import UNet
 
 CLASSES = ["cat", "dog"]

@@ -8,7 +8,7 @@ from exact import ONE, TWO, ExactNetwork
 from helpers import SMALL, one_line
 from libs import DDIM, DDPM, EDM, UsageError
 from libs.samplers import DEFAULT_STEPS, SOLVERS, Plan, image_generator, karras_sigmas
-from libs.seeds import image_noise
+from libs.common.seeds import image_noise
 
 KINDS = {"DDPM": DDPM, "DDIM": DDIM, "EDM": EDM}
 ALL = [(kind, sampler) for kind in KINDS for sampler in KINDS[kind].SAMPLERS]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import libs
-from libs.classifier import load_classifier
+from libs.evaluation.classifier import load_classifier
 from libs.drawing import draw_images
 from libs.tiny_autoencoder import build_decoder, build_encoder
 

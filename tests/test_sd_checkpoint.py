@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers import Evil, one_line
-from libs.errors import UsageError
+from libs.common.errors import UsageError
 from libs.stable_diffusion import checkpoint, load_checkpoint, memory
 from libs.stable_diffusion.checkpoint import AUTOENCODER, TEXT, UNET
 from libs.stable_diffusion.files import aligned, read_tensors, write_safetensors

@@ -11,9 +11,9 @@ import torch
 import yaml
 
 import sd_parity
-from cli import run
+from libs.common.cli import run
 from helpers import one_line
-from libs.errors import UsageError
+from libs.common.errors import UsageError
 from libs.stable_diffusion import StableDiffusion, load_checkpoint
 from libs.stable_diffusion.autoencoder import AutoencoderKL
 from libs.stable_diffusion.checkpoint import IGNORED, UNET, build_parts, expected_shapes

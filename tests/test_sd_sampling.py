@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import one_line
-from libs.errors import RunError, UsageError
+from libs.common.errors import RunError, UsageError
 from libs.samplers import image_generator
 from libs.stable_diffusion import load_checkpoint, seeded
 from libs.tiny_autoencoder import TAESD

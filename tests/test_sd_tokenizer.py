@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from helpers import one_line
-from libs.errors import UsageError
+from libs.common.errors import UsageError
 from libs.stable_diffusion import Tokenizer, text
 
 PARTS = ["a photo of", "an astronaut", "riding a horse", "4k", "1girl", "f/1.8", "8K!!!", "(masterpiece:1.2)", "it's",

@@ -13,7 +13,7 @@ from PIL import Image
 import txt2img
 from helpers import one_line
 from libs.config import CODE
-from libs.errors import RunError, UsageError
+from libs.common.errors import RunError, UsageError
 from libs.stable_diffusion import memory
 from libs.stable_diffusion.checkpoint import UNET
 from libs.stable_diffusion.config import DEFAULTS, load_config
@@ -208,7 +208,7 @@ def test_a_random_checkpoint_and_a_picture_of_it(draw, tmp_path):
         return subprocess.run([sys.executable, *map(str, arguments)], cwd=CODE, capture_output=True, text=True,
                               timeout=300)
 
-    made = python("random_sd_checkpoint.py", tmp_path / "r.ckpt", "--half", "--config", tmp_path / "small.yaml")
+    made = python("../tests/random_sd_checkpoint.py", tmp_path / "r.ckpt", "--half", "--config", tmp_path / "small.yaml")
     assert made.returncode == 0 and "saved" in made.stdout, made.stderr
     command = ("txt2img.py", tmp_path / "small.yaml", "--ckpt", tmp_path / "r.ckpt", "--prompt", "a cat", "--output",
                tmp_path / "r.png")
@@ -217,5 +217,5 @@ def test_a_random_checkpoint_and_a_picture_of_it(draw, tmp_path):
     again = python(*command)
     assert again.returncode == 2 and again.stderr.startswith("txt2img.py: error: --output")
     assert again.stderr.count("\n") == 1
-    wrong = python("random_sd_checkpoint.py", tmp_path / "r.bin")
+    wrong = python("../tests/random_sd_checkpoint.py", tmp_path / "r.bin")
     assert wrong.returncode == 2 and "must end in .safetensors or .ckpt" in wrong.stderr

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from helpers import as_diffusers
-from libs.autoencoder_training import evaluate, load_images, psnr
-from libs.classifier import file_hash
+from libs.training.autoencoder import evaluate, load_images, psnr
+from libs.evaluation.classifier import file_hash
 from libs.tiny_autoencoder import TAESD
 
 ROOT = Path(__file__).resolve().parent.parent

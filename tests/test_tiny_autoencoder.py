@@ -9,7 +9,7 @@ import torch
 from helpers import as_diffusers
 from libs import DDPM, EDM, UsageError
 from libs.tiny_autoencoder import TAESD, build_decoder, build_encoder
-from libs.training import ModelEMA
+from libs.training.update import ModelEMA
 
 SMALL = dict(img_shape=(3, 32, 48), timesteps=5, dim=8, context_dim=8, num_classes=4, dim_mults=(1, 2),
              attn_levels=(0,), use_vae=True)

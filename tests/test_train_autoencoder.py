@@ -16,10 +16,10 @@ from torch import nn
 import train_autoencoder
 from helpers import as_diffusers, one_line, tree
 from libs import UsageError, autoencoder_training, load_checkpoint, load_config
-from libs.autoencoder_training import (TrainedTAESD, build_optimizer, draw_crops, evaluate, load_images, load_settings,
+from libs.training.autoencoder import (TrainedTAESD, build_optimizer, draw_crops, evaluate, load_images, load_settings,
                                        psnr, ssim)
 from libs.tiny_autoencoder import TAESD, Block
-from libs.training import ModelEMA
+from libs.training.update import ModelEMA
 from test_resume import assert_identical
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from libs import AverageMeter, ModelEMA, training
-from libs.seeds import rng_state, seed_everything, seeded_generator, set_rng_state
-from libs.training import TenthsMeter, learning_rate, pick_precision
+from libs.common.seeds import rng_state, seed_everything, seeded_generator, set_rng_state
+from libs.training.update import TenthsMeter, learning_rate, pick_precision
 
 
 # ---- random states

@@ -10,8 +10,8 @@ from helpers import SMALL, one_line
 from libs import RunError, training
 from libs.config import DEFAULTS
 from libs.datasets import ImageDataset
-from libs.optimizers import build_optimizer
-from libs.training import Updater, as_written, prepare_network
+from libs.training.optimizers import build_optimizer
+from libs.training.update import Updater, as_written, prepare_network
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import yaml
 
 from .datasets import KNOWN
 from .ddpm import PREDICTIONS, SCHEDULES
-from .errors import UsageError
+from .common.errors import UsageError
 from .samplers import DEFAULT_STEPS, SPACINGS
 
 # relative paths in a config are taken from this folder, code/, wherever a command is started

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets as tv
 
-from .errors import RunError, UsageError, reason, shown
-from .folders import read_files, scan_folder
-from .mnist import fetch_mnist
-from .seeds import seeded_generator
+from .common.errors import RunError, UsageError, first_line, display_path
+from .data.folders import read_files, scan_folder
+from .data.mnist import fetch_mnist
+from .common.seeds import seeded_generator
 
 # name -> (image shape, number of classes, None: known once the folder is read)
 KNOWN = {
@@ -232,12 +232,12 @@ def _load_torchvision(name, train, root):
 
 def _download(kind, root, options):
     """Download into a folder beside the target, then rename: a broken download leaves nothing."""
-    print(f"downloading {kind.__name__} into {shown(root)}", flush=True)
+    print(f"downloading {kind.__name__} into {display_path(root)}", flush=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as tmp:
         try:
             kind(tmp, download=True, **options)
         except (OSError, RuntimeError) as e:
-            raise RunError(f"{kind.__name__} cannot be downloaded into {root}: {reason(e)}") from None
+            raise RunError(f"{kind.__name__} cannot be downloaded into {root}: {first_line(e)}") from None
         for entry in os.listdir(tmp):
             target = os.path.join(root, entry)
             if os.path.isdir(target):

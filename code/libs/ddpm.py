@@ -7,7 +7,7 @@ abar is their alpha-bar, `alphas_cumprod` here. t = 0 is one step of noise (the 
 import torch
 
 from .diffusion import Diffusion
-from .errors import UsageError
+from .common.errors import UsageError
 from .samplers import ddim_step, ddim_timesteps, draw_noise
 
 PREDICTIONS = ("eps", "v", "x0")

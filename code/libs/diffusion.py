@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .errors import UsageError
+from .common.errors import UsageError
 from .samplers import SOLVERS, Plan, ddim_timesteps, default_steps, draw_noise, karras_sigmas, nearest
 from .tiny_autoencoder import DOWNSCALE, TAESD, in_parts
 from .unet import UNet

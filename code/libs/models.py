@@ -1,11 +1,11 @@
 """From a configuration or a checkpoint to a model."""
 
-from .checkpoint import load_checkpoint
+from .common.checkpoint import load_checkpoint
 from .config import complete_config
 from .ddim import DDIM
 from .ddpm import DDPM
 from .edm import EDM
-from .errors import UsageError, shown
+from .common.errors import UsageError, display_path
 from .samplers import OPTIONS, default_steps
 
 MODELS = {"DDPM": DDPM, "DDIM": DDIM, "EDM": EDM}
@@ -69,7 +69,7 @@ def check_autoencoder(model, state, config, path):
     differ = [f"model.vae_{half}_weights" for half, digest in state.get("autoencoder", here).items()
               if digest != here[half]]
     if differ:
-        files = ", ".join(shown(config["model"][key.removeprefix("model.")]) for key in differ)
+        files = ", ".join(display_path(config["model"][key.removeprefix("model.")]) for key in differ)
         raise UsageError(f"{', '.join(differ)}: the weights in {files} are not those in whose latents {path} was "
                          "trained; give its own")
 

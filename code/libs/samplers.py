@@ -10,8 +10,8 @@ from difflib import get_close_matches
 
 import torch
 
-from .errors import UsageError
-from .seeds import image_noise
+from .common.errors import UsageError
+from .common.seeds import image_noise
 
 # every sampler, with its steps when none are given; DDPM's Algorithm 2 has no choice
 DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "heun": 18, "euler": 50, "euler_ancestral": 50, "dpmpp_2m": 20}

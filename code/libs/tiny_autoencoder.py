@@ -9,7 +9,7 @@ from hashlib import sha256
 import torch
 from torch import nn
 
-from .errors import UsageError, reason
+from .common.errors import UsageError, first_line
 
 LATENT_CHANNELS = 4
 DOWNSCALE = 8
@@ -75,7 +75,7 @@ def load_weights(module, path, key):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises almost anything on a file that is something else
-        raise UsageError(f"{key}: {path} is no file of plain weights ({reason(e)})") from None
+        raise UsageError(f"{key}: {path} is no file of plain weights ({first_line(e)})") from None
     own = module.state_dict()
     if not isinstance(state, dict) or state.keys() != own.keys() or any(
             getattr(state[k], "shape", None) != v.shape for k, v in own.items()):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .blocks import Downsample, LabelEmbedding, ResBlock, SinusoidalPE, SpatialTransformer, Upsample
-from .errors import UsageError
+from .common.errors import UsageError
 
 
 def default_groups(dim):

@@ -6,7 +6,7 @@ import re
 import torch
 
 from ..blocks import SinusoidalPE
-from ..errors import UsageError
+from ..common.errors import UsageError
 from .autoencoder import AutoencoderKL
 from .files import aligned, read_tensors
 from .memory import check_memory

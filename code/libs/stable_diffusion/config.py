@@ -5,7 +5,7 @@ import os
 
 from ..config import (CODE, check_value, _nearest, _read, boolean, device, integer, list_of, number, one_of, optional,
                       text)
-from ..errors import UsageError
+from ..common.errors import UsageError
 from .model import DTYPES, StableDiffusion
 
 DEFAULTS = {

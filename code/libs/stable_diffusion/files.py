@@ -13,8 +13,8 @@ from collections import OrderedDict
 
 import torch
 
-from ..errors import UsageError, reason
-from ..files import whole_file
+from ..common.errors import UsageError, first_line
+from ..common.files import atomic_file
 
 # names of the .safetensors format, as far as this torch has the types
 DTYPES = {name: getattr(torch, attribute) for name, attribute in (
@@ -56,7 +56,7 @@ def read_safetensors(path):
             # copy on write: nothing that happens to a tensor reaches the file
             mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:  # the header may hold anything
-        raise UsageError(f"checkpoint {path} is damaged or no .safetensors file: {reason(e)}") from None
+        raise UsageError(f"checkpoint {path} is damaged or no .safetensors file: {first_line(e)}") from None
     tensors = {}
     for name, entry in header.items():
         dtype, begin, end = DTYPES[entry["dtype"]], *entry["data_offsets"]
@@ -104,7 +104,7 @@ def write_safetensors(path, specs, make, metadata=None):
         header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps({"__metadata__": metadata or {}, **header}).encode()
     text += b" " * (-len(text) % 8)
-    with whole_file(path) as f:
+    with atomic_file(path) as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name, (dtype, shape) in specs.items():
             tensor = make(name).detach().to("cpu", dtype).contiguous()
@@ -149,7 +149,7 @@ def read_ckpt(path):
             raise UsageError(f"checkpoint {path} holds {found[1]}, which could run code, so it is refused; take the "
                              ".safetensors file of this model") from None
         found = re.search(r"WeightsUnpickler error: (.+)", str(e))  # else hidden behind torch's advice
-        raise UsageError(f"checkpoint {path} is damaged or no checkpoint: {found[1] if found else reason(e)}") from None
+        raise UsageError(f"checkpoint {path} is damaged or no checkpoint: {found[1] if found else first_line(e)}") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
         raise UsageError(f"checkpoint {path} holds no tensors by name")

@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from ..errors import UsageError
+from ..common.errors import UsageError
 
 # the most that one step (for each image and branch of guidance) and decoding one image hold beside the weights:
 # bytes per pixel of the image, measured on a CPU in fp32 at 512 x 512; and what PyTorch takes for itself

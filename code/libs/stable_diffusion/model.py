@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..ddpm import DDPM, quadratic_beta_schedule
-from ..errors import RunError, UsageError
+from ..common.errors import RunError, UsageError
 from ..samplers import draw_noise, image_generator
 from ..tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, TAESD, load_weights
 

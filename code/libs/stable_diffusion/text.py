@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import UsageError, reason
+from ..common.errors import UsageError, first_line
 
 LENGTH = 77  # tokens of a prompt, its start and its end among them
 VOCABULARY = 49408
@@ -38,7 +38,7 @@ def read_merges(path=None):
         with gzip.open(path, "rt", encoding="utf-8") as f:
             lines = f.read().split("\n")
     except (OSError, EOFError, ValueError) as e:
-        raise UsageError(f"vocabulary: cannot read {path} ({reason(e)}); `{INSTALL}` fetches it") from None
+        raise UsageError(f"vocabulary: cannot read {path} ({first_line(e)}); `{INSTALL}` fetches it") from None
     merges = [tuple(line.split()) for line in lines[1:VOCABULARY - 512 - 2 + 1]]  # a title, and more than CLIP uses
     if len(merges) != VOCABULARY - 512 - 2 or any(len(pair) != 2 for pair in merges):
         raise UsageError(f"vocabulary: {path} is not CLIP's bpe_simple_vocab_16e6.txt.gz")

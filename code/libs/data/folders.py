@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from .errors import UsageError, reason, shown
+from ..common.errors import UsageError, first_line, display_path
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -66,7 +66,7 @@ def decode(path, size):
             image = image.convert("RGB")
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     except Exception as e:  # a broken file makes its decoder raise almost anything
-        raise UsageError(f"dataset.data_folder: broken image file {path} ({reason(e)})") from None
+        raise UsageError(f"dataset.data_folder: broken image file {path} ({first_line(e)})") from None
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -103,7 +103,7 @@ def read_files(paths, size, root):
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
         decoded = pool.map(lambda path: decode(path, size), paths)
-        bar = tqdm(decoded, total=len(paths), desc=f"reading {shown(root)}", unit="image",
+        bar = tqdm(decoded, total=len(paths), desc=f"reading {display_path(root)}", unit="image",
                    disable=None, mininterval=0.5)
         for i, image in enumerate(bar):
             images[i] = image

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from .errors import UsageError
+from ..common.errors import UsageError
 from .neighbours import nearest
-from .seeds import seeded_generator
+from ..common.seeds import seeded_generator
 
 LEVEL = 1e-3  # significance level: of a thousand honest generators less than one is accused
 FALSE_RATE = 1e-4  # share of fresh images that each space may take for copies

@@ -16,7 +16,7 @@ import zipfile
 import numpy as np
 from torchvision.datasets import MNIST
 
-from .errors import RunError, shown
+from ..common.errors import RunError, display_path
 
 # MD5 sums of the unpacked files, as torchvision publishes them
 MD5 = {
@@ -54,7 +54,7 @@ def fetch_mnist(root):
     if is_complete(raw):
         return
     os.makedirs(raw, exist_ok=True)
-    print(f"fetching MNIST (about 12 MB) into {shown(raw)}", flush=True)
+    print(f"fetching MNIST (about 12 MB) into {display_path(raw)}", flush=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".mnist-") as tmp:
         tmp_raw = os.path.join(tmp, "MNIST", "raw")
         reasons = []

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from libs.errors import UsageError
+from ..common.errors import UsageError
 
 TOLERANCE = 0.05  # of the number of parameters
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .errors import RunError, shown
+from ..common.errors import RunError, display_path
 from .folders import available_memory
-from .files import whole_file
+from ..common.files import atomic_file
 from .images import ImageSet
-from .seeds import seeded_generator
-from .tiny_autoencoder import weights_hash
+from ..common.seeds import seeded_generator
+from ..tiny_autoencoder import weights_hash
 
 BATCH = 32  # images that are encoded at once
 HEAD = 4096  # bytes of a cache before the numbers: what it was made from, as JSON
@@ -93,9 +93,9 @@ def cached_latents(model, dataset, data, device, say=None):
     if os.path.exists(path):
         try:
             latents = _read(path, key, shape)
-            tell(f"{views} views of each image, from {shown(path)}")
+            tell(f"{views} views of each image, from {display_path(path)}")
         except (ValueError, OSError) as e:
-            tell(f"{shown(path)} {e}: encoded again")
+            tell(f"{display_path(path)} {e}: encoded again")
     if latents is None:
         latents = _encode(model, dataset, data["latent_crops"], shape, device, path, key, tell, quiet=not say)
     return LatentDataset(latents, dataset.labels.cpu(), dataset.classes)
@@ -133,7 +133,7 @@ def _map(path, shape):
 
 def _encode(model, dataset, crops, shape, device, path, key, tell, quiet):
     """All views of all images, N x V x C x H x W, written to `path` if that is possible."""
-    size, where = 4 * math.prod(shape), shown(path)
+    size, where = 4 * math.prod(shape), display_path(path)
     obstacle = _obstacle(path, size)
     if obstacle:
         if size > available_memory() // 2:
@@ -150,7 +150,7 @@ def _encode(model, dataset, crops, shape, device, path, key, tell, quiet):
                 latents[start:start + BATCH] = batch
             return latents
         digest = sha256()
-        with whole_file(path) as f:
+        with atomic_file(path) as f:
             f.write(bytes(HEAD))
             for batch in batches:
                 digest.update(batch)

@@ -7,9 +7,9 @@ import sys
 
 import torch
 
-from libs.distributed import lost_peer
-from libs.errors import RunError, UsageError, reason
-from libs.samplers import SPACINGS
+from ..training.distributed import lost_peer
+from .errors import RunError, UsageError, first_line
+from ..samplers import SPACINGS
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,12 +100,12 @@ def run(main):
         print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
         status = 2
     except (RunError, OSError, torch.OutOfMemoryError) as e:  # the disk, the network, the GPU's memory
-        print(f"{os.path.basename(sys.argv[0])}: error: {reason(e, 1000)}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {first_line(e, 1000)}", file=sys.stderr)
         status = 1
     except RuntimeError as e:
         if not lost_peer(e):
             raise
-        print(f"{os.path.basename(sys.argv[0])}: error: another process of this run has ended ({reason(e)}); resume "
+        print(f"{os.path.basename(sys.argv[0])}: error: another process of this run has ended ({first_line(e)}); resume "
               "from the last checkpoint", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .errors import UsageError
+from ..common.errors import UsageError
 
 ROWS = 256  # queries at a time; memory is about 3 x ROWS x len(bank) floats
 SPARE = 8  # candidates beyond k, so that rounding seldom hides a neighbour

@@ -10,15 +10,15 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from libs.checkpoint import (check_resumable, checkpoint_name, find_checkpoint, remove_old_checkpoints,
+from ..common.checkpoint import (check_resumable, checkpoint_name, find_checkpoint, remove_old_checkpoints,
                              save_checkpoint)
-from libs.config import portable
-from libs.drawing import sample_grid
-from libs.errors import RunError, UsageError, shown
-from libs.evaluation import evaluate_model
-from libs.models import load_weights
-from libs.seeds import rng_state, set_rng_state
-from libs.training import as_written
+from ..config import portable
+from ..drawing import sample_grid
+from ..common.errors import RunError, UsageError, display_path
+from ..evaluation.report import evaluate_model
+from ..models import load_weights
+from ..common.seeds import rng_state, set_rng_state
+from .update import as_written
 
 
 class RunFolder:
@@ -59,7 +59,7 @@ class RunFolder:
         bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
         if bad:
             raise RunError(f"the weights are not finite any more ({bad[0]}) at update {progress['step']}; "
-                           + (f"resume from {shown(self.last_good)}" if self.last_good else "start again")
+                           + (f"resume from {display_path(self.last_good)}" if self.last_good else "start again")
                            + " with a lower train_cfg.lr")
         state = {**progress, "config": portable(self.config),
                  "state_dict": model.state_dict(), "state_dict_ema": ema.module.state_dict(),
@@ -78,7 +78,7 @@ class RunFolder:
             self.board.add_image("samples/ema", grid, step)
             with as_written(model):
                 self.board.add_image("samples/raw", sample_grid(model, self.config, device), step)
-            self.say(f"saved {shown(self.last_good)} and sample-{epoch - 1}.png")
+            self.say(f"saved {display_path(self.last_good)} and sample-{epoch - 1}.png")
 
     def update(self, done, left):
         """One update more on the bar; after 40 of this process, once, how long the `left` ones will take."""
@@ -115,7 +115,7 @@ def find_place(args, config):
     name = os.path.splitext(os.path.basename(args.config))[0]
     folder = os.path.join(config["output_folder"], f"{name}_{args.output or time.strftime('%Y-%m-%d_%H-%M-%S')}")
     if os.path.exists(folder):
-        raise UsageError(f"--output: {folder} exists; give another name, or --resume {shown(folder)}")
+        raise UsageError(f"--output: {folder} exists; give another name, or --resume {display_path(folder)}")
     return folder, None, None
 
 
@@ -135,9 +135,9 @@ def restore(state, path, cfg, model, ema, optimizer, updater):
 def resume_command(args, folder):
     """The command that goes on with the run in `folder`."""
     # a virtual environment's own python, which need not be the one that the shell finds
-    python = shown(sys.executable) if sys.prefix != sys.base_prefix else "python"
+    python = display_path(sys.executable) if sys.prefix != sys.base_prefix else "python"
     words = [python, sys.argv[0], args.config, "-c", str(args.ckpt_freq), "-p", str(args.print_freq)]
-    words += [x for item in args.set for x in ("--set", item)] + ["--resume", shown(folder)]
+    words += [x for item in args.set for x in ("--set", item)] + ["--resume", display_path(folder)]
     return shlex.join(words)
 
 
@@ -147,4 +147,4 @@ def describe(config, model, num_images, updates, device, precision, folder):
     print(f"{sum(p.numel() for p in model.model.parameters()):,} parameters, {num_images:,} images, "
           f"{updates:,} updates an epoch, {config['train_cfg']['epochs'] * updates:,} in all; on {device}, "
           f"{str(precision or next(model.model.parameters()).dtype).removeprefix('torch.')}")
-    print(f"run folder: {shown(folder)}", flush=True)
+    print(f"run folder: {display_path(folder)}", flush=True)

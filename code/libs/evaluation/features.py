@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from .classifier import WEIGHTS, file_hash, load_classifier
-from .errors import RunError, UsageError, reason, shown
+from ..common.errors import RunError, UsageError, first_line, display_path
 from .fid import FeatureStatistics
-from .files import save_tensors, whole_file
-from .images import to_channels
-from .tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, build_encoder, in_parts, load_weights
+from ..common.files import save_tensors, atomic_file
+from ..data.images import to_channels
+from ..tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, build_encoder, in_parts, load_weights
 
 # the Inception network of Heusel et al. 2017, converted to PyTorch: one file, which two projects publish under two
 # names. The names end in the first 8 digits of its SHA-256.
@@ -95,14 +95,14 @@ class InceptionExtractor(Extractor):
             raise UsageError("inception: needs torch-fidelity: pip install -r requirements-extra.txt") from None
         path = fetch_inception() if weights is None else weights
         if not os.path.isfile(path):
-            raise UsageError(f"inception: no file {shown(path)}; its weights are at {INCEPTION_URLS[0]}")
+            raise UsageError(f"inception: no file {display_path(path)}; its weights are at {INCEPTION_URLS[0]}")
         try:
             safe = io.BytesIO()  # torch-fidelity unpickles whatever it is given: give it our own pickle of the tensors
             torch.save(torch.load(path, map_location="cpu", weights_only=True), safe)
             safe.seek(0)
             network = FeatureExtractorInceptionV3(self.name, [self.layer], feature_extractor_weights_path=safe)
         except Exception as e:  # a foreign file fails in torch in many ways, all with the same meaning
-            raise UsageError(f"inception: {shown(path)} is no weight file of FID's Inception ({reason(e)})") from None
+            raise UsageError(f"inception: {display_path(path)} is no weight file of FID's Inception ({first_line(e)})") from None
         self._load(path, network, device)
         self.dim = int(self.layer)
         self.metric = "FID" if self.hash.startswith(INCEPTION_HASH) else "FD (Inception of other weights)"
@@ -172,7 +172,7 @@ def fetch_inception():
             raise UsageError(f"inception: the SHA-256 of {path} starts with {found[:8]}, not {INCEPTION_HASH}: "
                              "remove the file, and it is fetched again")
         return path
-    print(f"fetching the Inception weights (91 MiB) into {shown(folder)}", flush=True)
+    print(f"fetching the Inception weights (91 MiB) into {display_path(folder)}", flush=True)
     timeout, reasons = socket.getdefaulttimeout(), []
     socket.setdefaulttimeout(20)  # a server that does not answer is no reason to wait for ever
     try:
@@ -182,7 +182,7 @@ def fetch_inception():
                 torch.hub.download_url_to_file(url, path, hash_prefix=INCEPTION_HASH, progress=False)
                 return path
             except Exception as e:  # no network, a proxy's error page, a full disk
-                reasons.append(reason(e))
+                reasons.append(first_line(e))
     finally:
         socket.setdefaulttimeout(timeout)
     raise RunError(f"the Inception weights cannot be fetched ({reasons[0]}): "
@@ -220,15 +220,15 @@ def real_statistics(extractor, images, cache_folder, batch_size=50, progress=Non
         try:
             return _read_cache(path, key, (len(images), extractor.dim))
         except Exception as e:  # a damaged file makes zipfile and torch raise almost anything
-            say(f"features: {shown(path)} is damaged or another file ({reason(e)}): made again")
+            say(f"features: {display_path(path)} is damaged or another file ({first_line(e)}): made again")
     features = extract_features(extractor, images.batches(batch_size), progress)
     statistics = FeatureStatistics(extractor.dim).update(features)
     try:
         os.makedirs(cache_folder, exist_ok=True)
-        with whole_file(path) as f:
+        with atomic_file(path) as f:
             save_tensors({"key": key, "features": features, "statistics": statistics.state_dict()}, f)
     except (OSError, RunError) as e:
-        say(f"features are not kept for the next time: {reason(e)}")
+        say(f"features are not kept for the next time: {first_line(e)}")
     return statistics, features
 
 

@@ -7,7 +7,7 @@ blocks, so that features can stay float32 and memory does not grow with the squa
 
 import torch
 
-from .errors import UsageError
+from ..common.errors import UsageError
 
 BLOCK = 1024  # rows that are float64 at a time
 EPS = torch.finfo(torch.float64).eps

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from .errors import RunError, UsageError
+from ..common.errors import RunError, UsageError
 
 
 class World:

@@ -7,16 +7,18 @@ the model draws: as they are (nobody may be accused), and with 1 %, 10 % and 100
 
 import json
 import os
+import sys
 
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "code"))
 import libs
-from cli import Parser, check_output, positive, run
-from libs.errors import UsageError, shown
-from libs.features import extract_features, load_extractor
-from libs.memorization import KINDS, LEAST, MemorizationTest, slip_in
-from libs.seeds import seeded_generator
+from libs.common.cli import Parser, check_output, positive, run
+from libs.common.errors import UsageError, display_path
+from libs.evaluation.features import extract_features, load_extractor
+from libs.evaluation.memorization import KINDS, LEAST, MemorizationTest, slip_in
+from libs.common.seeds import seeded_generator
 
 SHARES = (0.01, 0.1, 1.0)
 TRAIN = 50000
@@ -62,7 +64,7 @@ def plot(rows, path):
         axis.set_title(f"copies, {kind}"), axis.set_xlabel("true share (%)")
     figure.axes[0].set_ylabel("estimated share (%)")
     figure.savefig(path, dpi=150)
-    print(f"figure in {shown(path)}")
+    print(f"figure in {display_path(path)}")
 
 
 def main():

@@ -13,8 +13,8 @@ from itertools import zip_longest
 
 import torch
 
-from .errors import RunError, UsageError, reason, shown
-from .files import save_tensors, whole_file
+from .errors import RunError, UsageError, first_line, display_path
+from .files import save_tensors, atomic_file
 
 FINAL = "model_final.pth.tar"
 # epoch_009: after the tenth epoch; epoch_009_batch_00042: after 42 batches of it
@@ -55,7 +55,7 @@ def save_checkpoint(state, is_final, file_folder, file_name="checkpoint.pth.tar"
 def _write(state, path):
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with whole_file(path) as f:
+        with atomic_file(path) as f:
             save_tensors(state, f)
     except (OSError, RunError) as e:
         raise RunError(f"checkpoint: {e}; earlier checkpoints are untouched") from None
@@ -82,7 +82,7 @@ def set_aside_later(path):
                 n += 1
                 new = f"{old}.superseded{n}"
             os.replace(old, new)
-            print(f"{shown(old)} is of the run that is left here: renamed to {os.path.basename(new)}")
+            print(f"{display_path(old)} is of the run that is left here: renamed to {os.path.basename(new)}")
 
 
 def load_checkpoint(path):
@@ -102,7 +102,7 @@ def load_checkpoint(path):
         raise UsageError(f"checkpoint {path} holds more than tensors and plain values; loading it could run code, "
                          "so it is refused") from None
     except Exception as e:  # a damaged file makes zipfile and torch raise almost anything
-        raise UsageError(f"checkpoint {path} is damaged or no checkpoint: {reason(e)}") from None
+        raise UsageError(f"checkpoint {path} is damaged or no checkpoint: {first_line(e)}") from None
     if not isinstance(state, dict) or not {"epoch", "state_dict_ema", "config"} <= state.keys():
         raise UsageError(f"checkpoint {path} is none of train.py's")
     return state

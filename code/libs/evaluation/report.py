@@ -4,15 +4,15 @@ import os
 
 import torch
 
-from .datasets import build_dataset
-from .drawing import draw_images
-from .errors import UsageError
+from ..datasets import build_dataset
+from ..drawing import draw_images
+from ..common.errors import UsageError
 from .features import extract_features, load_extractor, real_statistics
 from .fid import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
-from .images import ImageSet, to_uint8
+from ..data.images import ImageSet, to_uint8
 from .memorization import MemorizationTest
-from .models import sampling_options
-from .seeds import seeded_generator
+from ..models import sampling_options
+from ..common.seeds import seeded_generator
 
 KD_SUBSET = 1000  # rows of one estimate of the kernel distance, as is usual
 NOISE_IMAGES = 2000  # enough to say how far away noise is

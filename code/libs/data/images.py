@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .errors import UsageError, reason, shown
-from .files import whole_file
+from ..common.errors import UsageError, first_line, display_path
+from ..common.files import atomic_file
 from .folders import EXTENSIONS
 
 
@@ -77,7 +77,7 @@ class FolderImages:
         first = next(shapes)
         for path, shape in zip(paths[1:], shapes):
             if shape != first:
-                raise UsageError(f"{shown(path)} is {_times(shape)}, but {shown(paths[0])} is {_times(first)} "
+                raise UsageError(f"{display_path(path)} is {_times(shape)}, but {display_path(paths[0])} is {_times(first)} "
                                  "(C x H x W); all images of a set must have one size and mode")
         self.shape = (len(paths), *first)
 
@@ -93,7 +93,7 @@ class FolderImages:
         with _opened(path) as image:
             mode, (width, height) = image.mode, image.size
         if mode.startswith(("I", "F")) or (self.channels is None and mode not in ("1", "L", "P", "RGB")):
-            raise UsageError(f"{shown(path)}: Pillow's mode {mode}; must be grey or RGB of 8 bits")
+            raise UsageError(f"{display_path(path)}: Pillow's mode {mode}; must be grey or RGB of 8 bits")
         return (self.channels or (1 if _is_grey(mode) else 3), height, width)
 
     def _decode(self, path):
@@ -113,7 +113,7 @@ def _opened(path):
         with Image.open(path) as image:
             yield image
     except Exception as e:  # a broken file makes its decoder raise almost anything
-        raise UsageError(f"broken image file {shown(path)} ({reason(e)})") from None
+        raise UsageError(f"broken image file {display_path(path)} ({first_line(e)})") from None
 
 
 def _times(shape):
@@ -143,9 +143,9 @@ def read_images(path, channels=None, classes=None):
     if os.path.isdir(path):
         return _read_folder(path, channels, classes)
     if not os.path.exists(path):
-        raise UsageError(f"no images {shown(path)}: there is no such folder or file")
+        raise UsageError(f"no images {display_path(path)}: there is no such folder or file")
     if not path.endswith(".npz"):
-        raise UsageError(f"images {shown(path)}: must be a folder or an .npz file")
+        raise UsageError(f"images {display_path(path)}: must be a folder or an .npz file")
     return _read_npz(path, channels, classes)
 
 
@@ -158,32 +158,32 @@ def _read_folder(path, channels, classes):
     by_class = {e.name: _image_files(e.path) for e in os.scandir(path) if e.is_dir() and not e.name.startswith(".")}
     flat = _image_files(path)
     if flat and any(by_class.values()):
-        raise UsageError(f"folder {shown(path)} has images and folders of images; must be the one or the other")
+        raise UsageError(f"folder {display_path(path)} has images and folders of images; must be the one or the other")
     if flat:
         return ImageSet(FolderImages(flat, channels))
     if not any(by_class.values()):
-        raise UsageError(f"folder {shown(path)} has no images, and no sub-folders with images")
+        raise UsageError(f"folder {display_path(path)} has no images, and no sub-folders with images")
     classes = sorted(by_class) if classes is None else list(classes)
     files, labels = [], []
     for name in sorted(by_class):
         if name not in classes:
-            raise UsageError(f"class {name} in folder {shown(path)} is none of {', '.join(classes)}")
+            raise UsageError(f"class {name} in folder {display_path(path)} is none of {', '.join(classes)}")
         if not by_class[name]:
-            raise UsageError(f"the class folder {shown(os.path.join(path, name))} has no images")
+            raise UsageError(f"the class folder {display_path(os.path.join(path, name))} has no images")
         files += by_class[name]
         labels += [classes.index(name)] * len(by_class[name])
     return ImageSet(FolderImages(files, channels), torch.tensor(labels), classes)
 
 
 def _read_npz(path, channels, classes):
-    where = shown(path)
+    where = display_path(path)
     try:
         with np.load(path, allow_pickle=False) as arrays:  # a pickle could run code
             key = next((k for k in ("images", "arr_0") if k in arrays.files), None)
             images = None if key is None else arrays[key]
             labels = arrays["labels"] if "labels" in arrays.files else None
     except Exception as e:  # a damaged file makes zipfile, zlib and NumPy raise almost anything
-        raise UsageError(f"{where} is damaged or no .npz file of plain arrays ({reason(e)})") from None
+        raise UsageError(f"{where} is damaged or no .npz file of plain arrays ({first_line(e)})") from None
     if images is None:
         raise UsageError(f"{where}: has neither an array images nor arr_0")
     if images.dtype != np.uint8:
@@ -236,7 +236,7 @@ def write_npz(path, images, labels=None):
     arrays = {"arr_0": images.permute(0, 2, 3, 1).cpu().numpy()}
     if labels is not None:
         arrays["labels"] = torch.as_tensor(labels).cpu().numpy()
-    with whole_file(path) as f:
+    with atomic_file(path) as f:
         np.savez(f, **arrays)
 
 

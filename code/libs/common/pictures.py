@@ -7,8 +7,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from .errors import RunError, reason, shown
-from .files import whole_file
+from .errors import RunError, first_line, display_path
+from .files import atomic_file
 
 CAPTION = 20  # pixels
 
@@ -39,14 +39,14 @@ def sheet(panels, nrow):
 
 def write_png(path, picture):
     """Write a Pillow image, whole or not at all. RunError where that is impossible."""
-    with whole_file(path) as f:
+    with atomic_file(path) as f:
         picture.save(f, "PNG")
 
 
 def write_gif(path, pictures, milliseconds=100, last=2000):
     """Write Pillow images as an endless animation, the last frame shown longer; whole or not at all (RunError)."""
     durations = [milliseconds] * (len(pictures) - 1) + [last]
-    with whole_file(path) as f:
+    with atomic_file(path) as f:
         pictures[0].save(f, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
@@ -75,6 +75,6 @@ def write_folder(path, images, folders=None):
             os.rmdir(path)  # fails unless it is empty
         os.replace(partial, path)
     except OSError as e:
-        raise RunError(f"cannot write {shown(path)}: {reason(e)}") from None
+        raise RunError(f"cannot write {display_path(path)}: {first_line(e)}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import torch
 
-from .errors import RunError, reason
+from ..common.errors import RunError, first_line
 
 
 class ModelEMA:
@@ -158,7 +158,7 @@ def prepare_network(model, cfg, dataset, device, precision=None, n=2, processes=
                 done.append(name)
                 print(f"network: {name}", flush=True)
             except Exception as e:  # no compiler, an operator it cannot take: it fails in many ways
-                print(f"network: {name} does not work here, going on without ({reason(e, 200)})", flush=True)
+                print(f"network: {name} does not work here, going on without ({first_line(e, 200)})", flush=True)
             model.model.zero_grad()
     return done
 

@@ -15,7 +15,7 @@ class RunError(RuntimeError):
     """Something outside failed: disk, network. The message is one line; scripts exit with status 1."""
 
 
-def shown(path):
+def display_path(path):
     """A path as people want it in a message: from here, if there is a way."""
     try:
         return os.path.relpath(path)
@@ -23,6 +23,6 @@ def shown(path):
         return os.path.abspath(path)
 
 
-def reason(error, length=120):
+def first_line(error, length=120):
     """The first line of an exception's message, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:length]

@@ -6,9 +6,9 @@ import os
 import torch
 from torch import nn
 
-from .errors import UsageError, shown
+from ..common.errors import UsageError, display_path
 
-WEIGHTS = os.path.join(os.path.dirname(__file__), "..", "..", "pretrained", "mnist_classifier.pth")
+WEIGHTS = os.path.join(os.path.dirname(__file__), "..", "..", "..", "pretrained", "mnist_classifier.pth")
 
 
 def _conv(c_in, c_out, kernel=3):
@@ -58,14 +58,14 @@ def load_classifier(path=None, device="cpu"):
     """
     path = WEIGHTS if path is None else path
     if not os.path.isfile(path):
-        raise UsageError(f"classifier: no file {shown(path)}; train_classifier.py makes it")
+        raise UsageError(f"classifier: no file {display_path(path)}; train_classifier.py makes it")
     model = DigitClassifier()
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(saved["state_dict"])
         model.test_accuracy, model.recipe = float(saved["test_accuracy"]), str(saved["recipe"])
     except Exception as e:  # a foreign file fails in torch's unpickler in many ways, all with the same meaning
-        raise UsageError(f"classifier: {shown(path)} is not a file of train_classifier.py ({type(e).__name__})") from None
+        raise UsageError(f"classifier: {display_path(path)} is not a file of train_classifier.py ({type(e).__name__})") from None
     return model.float().eval().requires_grad_(False).to(device)
 
 
@@ -83,4 +83,4 @@ def file_hash(path=None):
         with open(path, "rb") as f:
             return hashlib.sha256(f.read()).hexdigest()[:12]
     except OSError as e:
-        raise UsageError(f"classifier: {shown(path)} cannot be read: {e.strerror}") from None
+        raise UsageError(f"classifier: {display_path(path)} cannot be read: {e.strerror}") from None

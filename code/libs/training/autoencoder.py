@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .config import complete_config, load_config
-from .datasets import FOLDERS, build_dataset
-from .errors import UsageError
+from ..config import complete_config, load_config
+from ..datasets import FOLDERS, build_dataset
+from ..common.errors import UsageError
 from .optimizers import Muon
-from .seeds import seeded_generator
-from .tiny_autoencoder import DOWNSCALE, TAESD, Block
+from ..common.seeds import seeded_generator
+from ..tiny_autoencoder import DOWNSCALE, TAESD, Block
 
 GRID_ROW = 5  # reconstructions in each row of a run's grids
 NAME = "TAESD"  # model_name in its checkpoints: train.py and sample.py refuse them, and this refuses theirs

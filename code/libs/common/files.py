@@ -5,11 +5,11 @@ from contextlib import contextmanager
 
 import torch
 
-from .errors import RunError, reason, shown
+from .errors import RunError, first_line, display_path
 
 
 @contextmanager
-def whole_file(path):
+def atomic_file(path):
     """A binary file to write, which gets its name when it is whole. RunError where that is impossible."""
     partial = f"{path}.{os.getpid()}.partial"
     try:
@@ -23,7 +23,7 @@ def whole_file(path):
             if os.path.exists(partial):
                 os.remove(partial)
     except OSError as e:
-        raise RunError(f"cannot write {shown(path)}: {reason(e)}") from None
+        raise RunError(f"cannot write {display_path(path)}: {first_line(e)}") from None
 
 
 def save_tensors(state, f):
@@ -31,4 +31,4 @@ def save_tensors(state, f):
     try:
         torch.save(state, f)
     except RuntimeError as e:
-        raise (e.__context__ if isinstance(e.__context__, OSError) else OSError(reason(e))) from None
+        raise (e.__context__ if isinstance(e.__context__, OSError) else OSError(first_line(e))) from None

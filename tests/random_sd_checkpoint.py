@@ -6,14 +6,17 @@ python ./random_sd_checkpoint.py random.ckpt --half                    2.0 GiB i
 The weights are scaled so that pictures are not flat and follow their prompt; they show nothing."""
 
 import math
+import os
+import sys
 
 import torch
 from tqdm import tqdm
 
-from cli import Parser, check_output, run
-from libs.errors import UsageError
-from libs.files import save_tensors, whole_file
-from libs.seeds import seeded_generator
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "code"))
+from libs.common.cli import Parser, check_output, run
+from libs.common.errors import UsageError
+from libs.common.files import save_tensors, atomic_file
+from libs.common.seeds import seeded_generator
 from libs.stable_diffusion.checkpoint import AUTOENCODER, TEXT, UNET, build_parts, expected_shapes
 from libs.stable_diffusion.config import load_config
 from libs.stable_diffusion.files import write_safetensors
@@ -62,7 +65,7 @@ def write(path, dtype=torch.float32, seed=0, model=None):
             write_safetensors(path, specs, make, {"about": f"random weights, seed {seed}"})
         else:
             state = {name: make(name) for name in specs}
-            with whole_file(path) as f:
+            with atomic_file(path) as f:
                 save_tensors({"state_dict": state}, f)
 
 

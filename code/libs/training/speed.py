@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import libs
-from benchmark_others import OTHERS, build_other, parameters
-from libs.drawing import draw_images
-from libs.errors import UsageError
-from libs.optimizers import build_optimizer
-from libs.training import (ModelEMA, Updater, memory_format, peak_memory, pick_device, pick_precision,
+from .other_unets import OTHERS, build_other, parameters
+from ..drawing import draw_images
+from ..common.errors import UsageError
+from .optimizers import build_optimizer
+from .update import (ModelEMA, Updater, memory_format, peak_memory, pick_device, pick_precision,
                            prepare_network)
 
 # what a process of its own measures: training in three ways, or all samplers
