@@ -14,6 +14,8 @@ from .samplers import DEFAULT_STEPS, SPACINGS
 
 # relative paths in a config are taken from this folder, code/, wherever a command is started
 CODE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# what is computed once and kept: latents, features of real images
+CACHE = os.path.normpath(os.path.join(CODE, "..", "data", ".cache"))
 
 DEFAULTS = {
     # the first device is used; without a GPU training goes on on the CPU and says so
