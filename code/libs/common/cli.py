@@ -4,8 +4,10 @@ import argparse
 import os
 import signal
 import sys
+import time
 
 import torch
+from tqdm import tqdm
 
 from ..training.distributed import lost_peer
 from .errors import RunError, UsageError, first_line
@@ -89,6 +91,23 @@ def check_output(path, overwrite=None, flag="--output"):
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UsageError(f"{flag}: cannot write into {folder}")
+
+
+class progress_bar(tqdm):
+    """tqdm's bar on a terminal; elsewhere, in a pipe or a log file, a line about every 30 seconds. Both on stderr."""
+
+    def __init__(self, total, unit, desc=None, **options):
+        super().__init__(total=total, unit=unit, desc=desc, disable=None, **options)
+        self.units, self.what, self.printed = f"{unit}s", f"{desc}: " if desc else "", time.monotonic()
+
+    def update(self, n=1):
+        if not self.disable:
+            return super().update(n)
+        self.n += n
+        if time.monotonic() - self.printed > 30:
+            self.printed = time.monotonic()
+            print(f"{self.what}{self.n:,} of {self.total:,} {self.units}" if self.total else
+                  f"{self.what}{self.n:,} {self.units}", file=sys.stderr, flush=True)
 
 
 def run(main):
