@@ -8,23 +8,28 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from ..common.errors import UsageError, first_line, display_path
+from ..common.errors import UsageError, display_path, first_line
+from ..common.memory import available_memory
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def find_split(root, train):
-    """The folder that holds the classes: AFHQ v2 has train/ and test/, v1 train/ and val/, a plain tree neither."""
+    """The folder that holds the classes: AFHQ v2 has train/ and test/, v1 train/ and val/.
+
+    A folder with none of these is taken as it is, for training and for testing.
+    """
     if not os.path.isdir(root):
-        raise UsageError(f"dataset.data_folder: no folder {root}" + (
-            "; `sh download_dataset.sh`, in the project's folder, fetches AFHQ" if "afhq" in root.lower() else ""))
-    names = ("train",) if train else ("test", "val")
-    for name in names:
-        if os.path.isdir(os.path.join(root, name)):
+        raise UsageError(f"dataset.data_folder: no folder {root}"
+                         + ("; `sh download_dataset.sh` fetches AFHQ" if "afhq" in root.lower() else ""))
+    splits = [name for name in ("train", "test", "val") if os.path.isdir(os.path.join(root, name))]
+    wanted = ("train",) if train else ("test", "val")
+    for name in splits:
+        if name in wanted:
             return os.path.join(root, name)
-    if train and not any(os.path.isdir(os.path.join(root, n)) for n in ("test", "val")):
-        return root
-    raise UsageError(f"dataset.data_folder: {root} has no folder {' or '.join(names)}")
+    if splits:
+        raise UsageError(f"dataset.data_folder: {root} has no folder {' or '.join(wanted)}")
+    return root
 
 
 def class_names(folder):
@@ -35,11 +40,10 @@ def scan_folder(root, train):
     """(paths, labels, class names) of one split. Classes are the training split's, matched by name."""
     folder = find_split(root, train)
     present = class_names(folder)
-    classes = present
-    if not train and os.path.isdir(os.path.join(root, "train")):
-        classes = class_names(os.path.join(root, "train"))
     if not present:
         raise UsageError(f"dataset.data_folder: {folder} has no class folders; it needs one sub-folder per class")
+    training = os.path.join(root, "train")
+    classes = class_names(training) if not train and os.path.isdir(training) else present
     paths, labels = [], []
     for name in present:
         if name not in classes:
@@ -59,7 +63,7 @@ def decode(path, size):
     try:
         with Image.open(path) as image:
             if image.format == "JPEG":
-                image.draft("RGB", (2 * size, 2 * size))  # lets the decoder skip what is thrown away
+                image.draft("RGB", (2 * size, 2 * size))  # decode at a lower resolution where that is enough
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
                 image = Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8))
@@ -82,23 +86,11 @@ class FileImages:
             return torch.stack(list(pool.map(lambda i: decode(self.paths[i], self.shape[-1]), index.tolist())))
 
 
-def available_memory():
-    """Bytes of memory that can be had now, as far as the system tells."""
-    try:
-        with open("/proc/meminfo") as f:  # Linux; counts the disk cache, which gives way
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        pass
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return 4 * 2 ** 30
-
-
 def read_files(paths, size, root):
-    """Images N x 3 x size x size uint8, of the folder `root`; in memory when half of it is free for them."""
+    """Images of the folder `root`, N x 3 x size x size uint8; in memory if they need at most half of what is free."""
     need = len(paths) * 3 * size * size
     if need > available_memory() // 2:
-        print(f"{len(paths)} images need {need / 2 ** 30:.1f} GiB of memory: they are read from disk as they come")
+        print(f"{len(paths)} images need {need / 2 ** 30:.1f} GiB of memory: they are read from disk in every epoch")
         return FileImages(paths, size)
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
