@@ -1,4 +1,4 @@
-"""Configuration: DEFAULTS below, a YAML file with only its differences on top, then `--set key.sub=value`."""
+"""Configuration: SETTINGS below, a YAML file with only its differences on top, then `--set key.sub=value`."""
 
 import copy
 import difflib
@@ -7,106 +7,16 @@ import re
 
 import yaml
 
-from .datasets import KNOWN
-from .ddpm import PREDICTIONS, SCHEDULES
 from .common.errors import UsageError
-from .samplers import DEFAULT_STEPS, SPACINGS
+from .datasets import KNOWN
 
 # relative paths in a config are taken from this folder, code/, wherever a command is started
 CODE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # what is computed once and kept: latents, features of real images
 CACHE = os.path.normpath(os.path.join(CODE, "..", "data", ".cache"))
 
-DEFAULTS = {
-    # the first device is used; without a GPU training goes on on the CPU and says so
-    "devices": ["cuda:0"],
-    # "auto": bf16 where the GPU has it, else fp16 with a gradient scaler, fp32 on a CPU; or "bf16", "fp16", "fp32"
-    "dtype": "auto",
-    "seed": 0,
-    # "DDPM", "DDIM" (the same model, sampled otherwise) or "EDM"
-    "model_name": "DDPM",
-    "output_folder": "../logs",
-    "dataset": {
-        "name": "MNIST",  # see datasets.KNOWN
-        "split": "train",
-        "data_folder": "../data",
-        "img_size": None,  # side of the square images; None: the data's own, 128 for photographs
-        "limit": None,  # train on so many images, spread over the set; None: all
-        # with use_vae: encode so many random crops of each image, mirrored too, once, and learn from those: updates are
-        # far faster, the augmentation is coarser. None or 0: encode anew in every update, each time another crop
-        "latent_crops": 4,
-    },
-    "loader": {
-        "batch_size": 64,
-        "num_workers": 4,  # threads that decode files, where the data do not fit in memory
-    },
-    "model": {
-        "img_shape": None,  # filled in from the data set
-        "num_classes": None,  # filled in from the data set
-        "timesteps": 1000,
-        "dim": 64,  # channels at the finest level
-        "context_dim": 64,  # width of the label embedding
-        "dim_mults": [1, 2, 4],  # channels of each level, in units of dim
-        "attn_levels": [0, 1],  # levels with a transformer; the middle always has one
-        "use_vae": False,  # diffuse the latents of an autoencoder instead of pixels
-        "vae_encoder_weights": None,
-        "vae_decoder_weights": None,
-        # not the handout's: see UNet and Diffusion for what these do
-        "label_dropout": 0.0,
-        "dropout": 0.0,
-        "label_in_time": False,
-        "zero_init": False,
-        "patch_size": 1,
-    },
-    "train_cfg": {
-        "lr": 2e-4,
-        "epochs": 30,
-        "num_eval_samples": 10,  # images per class in a sample grid
-        "warmup": 0,  # updates over which the learning rate rises to lr
-        "lr_schedule": "constant",  # or "cosine" or "linear": down to zero at the last update
-        "optimizer": "adamw",  # or "muon": orthogonal updates for the convolutions, AdamW for the rest
-        "betas": [0.9, 0.999],  # AdamW's
-        "weight_decay": 0.01,
-        "clip_grad_norm": 1.0,  # None: gradients as they are
-        "accumulate": 1,  # parts in which a batch goes through the network, where it is too large for the memory
-        # how the network is called in training; None: as CUDA graphs on a GPU, but with several processes or parts of a
-        # batch, which graphs cannot have, through torch.compile, which takes minutes before the first update
-        "cuda_graphs": None,
-        "compile": None,
-        "ema_decay": 0.999,  # approached as (1 + n) / (10 + n) over the first updates n
-        "keep_last": None,  # how many checkpoints to keep; None: all
-    },
-    "eval": {  # numbers while training, onto the board; evaluate.py makes more of them
-        "every": None,  # epochs between two; None: none
-        "num": 1000,  # images; numbers of another `num` are not comparable
-        "features": None,  # None: "classifier" for MNIST, else "inception"; or "autoencoder"
-    },
-    "sample_cfg": {  # for the grids; None is the sampler's default
-        # DDPM and DDIM: "ddpm", "ddim" (their default); all: "heun" (EDM's), "euler", "euler_ancestral", "dpmpp_2m"
-        "sampler": None,
-        "steps": None,  # see samplers.DEFAULT_STEPS
-        "guidance_scale": 1.0,  # above 1 needs model.label_dropout
-        "guidance_interval": None,  # [sigma_lo, sigma_hi]: guide at these noise levels only; None: at all
-        # keep predicted pixels in [-1, 1]; None: true for DDPM and DDIM in pixels, except with "ddpm"; false for EDM
-        "clip": None,
-        "eta": None,  # new noise in each step, 0 to 1: of "ddim", "dpmpp_2m" (default 0), "euler_ancestral" (1)
-        "spacing": None,  # of "ddim": "uniform" (default) or "quadratic" timesteps
-        "S_churn": None, "S_min": None, "S_max": None, "S_noise": None,  # of "heun": EDM's Algorithm 2 (default: none)
-    },
-}
 
-# options of one kind of model alone; see the class for what they do
-MODEL_OPTIONS = {
-    "DDPM": {"beta_schedule": None, "scale_betas": False, "prediction": "eps", "min_snr_gamma": None},
-    "EDM": {"sigma_data": None, "P_mean": -1.2, "P_std": 1.2, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0},
-}
-MODEL_OPTIONS["DDIM"] = MODEL_OPTIONS["DDPM"]
-
-PATHS = (("output_folder",), ("dataset", "data_folder"), ("model", "vae_encoder_weights"),
-         ("model", "vae_decoder_weights"))
-
-
-# ---- what a value may be: each rule is (text for people, function value -> value that raises ValueError)
+# ---- rules: (what a value must be, in words; function value -> value that raises ValueError)
 
 def integer(low, high=None):
     def check(v):
@@ -174,77 +84,162 @@ def optional(rule):
     return f"null or {rule[0]}", lambda v: None if v is None else rule[1](v)
 
 
-RULES = {
-    "devices": list_of(device()), "dtype": one_of("auto", "bf16", "fp16", "fp32", "fp64"),
-    "seed": integer(0, 2 ** 32 - 1),
-    "model_name": one_of(*MODEL_OPTIONS), "output_folder": text(),
-    "dataset.name": one_of(*KNOWN), "dataset.split": one_of("train", "test", "val"),
-    "dataset.data_folder": text(), "dataset.img_size": optional(integer(8)),
-    "dataset.limit": optional(integer(2)), "dataset.latent_crops": optional(integer(0)),
-    "loader.batch_size": integer(1), "loader.num_workers": integer(0),
-    "model.img_shape": optional(list_of(integer(1), 3)), "model.num_classes": optional(integer(1)),
-    "model.timesteps": integer(1), "model.dim": integer(8), "model.context_dim": integer(1),
-    "model.dim_mults": list_of(integer(1)), "model.attn_levels": list_of(integer(0), empty=True),
-    "model.use_vae": boolean(), "model.vae_encoder_weights": optional(text()),
-    "model.vae_decoder_weights": optional(text()), "model.label_dropout": number(0, 1),
-    "model.dropout": number(0, 0.99), "model.label_in_time": boolean(), "model.zero_init": boolean(),
-    "model.patch_size": integer(1),
-    "model.beta_schedule": optional(one_of(*SCHEDULES)), "model.scale_betas": boolean(),
-    "model.prediction": one_of(*PREDICTIONS), "model.min_snr_gamma": optional(number(above=0)),
-    "model.sigma_data": optional(number(above=0)), "model.P_mean": number(), "model.P_std": number(above=0),
-    "model.sigma_min": number(above=0), "model.sigma_max": number(above=0), "model.rho": number(above=0),
-    "train_cfg.lr": number(above=0), "train_cfg.epochs": integer(1), "train_cfg.num_eval_samples": integer(1),
-    "train_cfg.warmup": integer(0), "train_cfg.lr_schedule": one_of("constant", "cosine", "linear"),
-    "train_cfg.optimizer": one_of("adamw", "muon"), "train_cfg.betas": list_of(number(0, 0.99999), 2),
-    "train_cfg.weight_decay": number(0),
-    "train_cfg.accumulate": integer(1), "train_cfg.compile": optional(boolean()),
-    "train_cfg.cuda_graphs": optional(boolean()),
-    "train_cfg.clip_grad_norm": optional(number(above=0)), "train_cfg.ema_decay": number(0, 0.999999),
-    "train_cfg.keep_last": optional(integer(1)),
-    "eval.every": optional(integer(1)), "eval.num": integer(10),
-    "eval.features": optional(one_of("classifier", "inception", "autoencoder")),
-    "sample_cfg.sampler": optional(one_of(*DEFAULT_STEPS)), "sample_cfg.steps": optional(integer(1)),
-    "sample_cfg.guidance_scale": number(0), "sample_cfg.guidance_interval": optional(list_of(number(0), 2)),
-    "sample_cfg.clip": optional(boolean()), "sample_cfg.eta": optional(number(0, 1)),
-    "sample_cfg.spacing": optional(one_of(*SPACINGS)), "sample_cfg.S_churn": optional(number(0)),
-    "sample_cfg.S_min": optional(number(0)), "sample_cfg.S_max": optional(number(0)),
-    "sample_cfg.S_noise": optional(number(0)),
+# ---- every setting: key -> (default, rule)
+
+SETTINGS = {
+    # the first device is used; without a GPU training runs on the CPU and says so
+    "devices": (["cuda:0"], list_of(device())),
+    # auto: bf16 where the GPU has it, else fp16 with a gradient scaler; fp32 on a CPU
+    "dtype": ("auto", one_of("auto", "bf16", "fp16", "fp32")),
+    "seed": (0, integer(0, 2 ** 32 - 1)),
+    "model_name": ("DDPM", one_of("DDPM", "EDM")),
+    "output_folder": ("../logs", text()),
+
+    "dataset.name": ("MNIST", one_of(*KNOWN)),
+    "dataset.split": ("train", one_of("train", "test", "val")),
+    "dataset.data_folder": ("../data", text()),
+    # side of the square images; null: the data's own, 128 for photographs
+    "dataset.img_size": (None, optional(integer(8))),
+    # train on this many images, spread evenly over the set; null: all
+    "dataset.limit": (None, optional(integer(2))),
+    # with use_vae: encode this many random crops of each image (and their mirror images) once, and learn from those:
+    # updates are far faster, the augmentation is coarser. 0: encode anew in every update, each time another crop
+    "dataset.latent_crops": (4, optional(integer(0))),
+
+    "loader.batch_size": (64, integer(1)),
+    # threads that decode image files, where the data do not fit in memory
+    "loader.num_workers": (4, integer(0)),
+
+    "model.img_shape": (None, optional(list_of(integer(1), 3))),  # filled in from the data set
+    "model.num_classes": (None, optional(integer(1))),            # filled in from the data set
+    "model.timesteps": (1000, integer(1)),
+    "model.dim": (64, integer(8)),                                # channels at the finest level
+    "model.context_dim": (64, integer(1)),                        # width of the label embedding
+    "model.dim_mults": ([1, 2, 4], list_of(integer(1))),          # channels of each level, in units of dim
+    # levels with a transformer, 0 being the finest; the middle always has one
+    "model.attn_levels": ([0, 1], list_of(integer(0), empty=True)),
+    # diffuse the latents of an autoencoder instead of pixels
+    "model.use_vae": (False, boolean()),
+    "model.vae_encoder_weights": (None, optional(text())),
+    "model.vae_decoder_weights": (None, optional(text())),
+    # beyond the handout: see UNet and Diffusion
+    "model.label_dropout": (0.0, number(0, 1)),
+    "model.dropout": (0.0, number(0, 0.99)),
+    "model.label_in_time": (False, boolean()),
+    "model.zero_init": (False, boolean()),
+    "model.patch_size": (1, integer(1)),
+
+    "train_cfg.lr": (2e-4, number(above=0)),
+    "train_cfg.epochs": (30, integer(1)),
+    "train_cfg.num_eval_samples": (10, integer(1)),               # images per class in a sample grid
+    "train_cfg.warmup": (0, integer(0)),                          # updates over which the learning rate rises to lr
+    # cosine: down to zero at the last update
+    "train_cfg.lr_schedule": ("constant", one_of("constant", "cosine")),
+    # muon: orthogonalized updates for the convolutions, AdamW for the rest
+    "train_cfg.optimizer": ("adamw", one_of("adamw", "muon")),
+    "train_cfg.betas": ([0.9, 0.999], list_of(number(0, 0.99999), 2)),  # AdamW's
+    "train_cfg.weight_decay": (0.01, number(0)),
+    "train_cfg.clip_grad_norm": (1.0, optional(number(above=0))),
+    # parts in which a batch goes through the network, where it is too large for the memory
+    "train_cfg.accumulate": (1, integer(1)),
+    # null: on a GPU the network runs as CUDA graphs, or through torch.compile where graphs are not possible (several
+    # processes, accumulate); true: torch.compile in any case; false: neither
+    "train_cfg.compile": (None, optional(boolean())),
+    # approached as (1 + n) / (10 + n) over the first updates n
+    "train_cfg.ema_decay": (0.999, number(0, 0.999999)),
+    "train_cfg.keep_last": (None, optional(integer(1))),          # number of checkpoints to keep; null: all
+
+    # metrics during training, in TensorBoard; evaluate.py computes more of them
+    "eval.every": (None, optional(integer(1))),                   # in epochs; null: never
+    "eval.num": (1000, integer(10)),                              # images; metrics of another number are not comparable
+    # null: classifier for MNIST, else inception
+    "eval.features": (None, optional(one_of("classifier", "inception", "autoencoder"))),
+
+    # how images are drawn; null takes the sampler's default. DDPM has ddpm (all timesteps) and ddim; every model has
+    # heun (EDM's default), euler, euler_ancestral and dpmpp_2m
+    "sample_cfg.sampler": (None, optional(one_of("ddpm", "ddim", "heun", "euler", "euler_ancestral", "dpmpp_2m"))),
+    "sample_cfg.steps": (None, optional(integer(1))),
+    "sample_cfg.guidance_scale": (1.0, number(0)),                # other than 1 needs model.label_dropout
+    # [sigma_lo, sigma_hi]: guide only at these noise levels; null: at all
+    "sample_cfg.guidance_interval": (None, optional(list_of(number(0), 2))),
+    # keep predicted pixels in [-1, 1]; null: true for a DDPM in pixels, except with ddpm; false for EDM
+    "sample_cfg.clip": (None, optional(boolean())),
+    "sample_cfg.eta": (None, optional(number(0, 1))),             # fresh noise in each step: ddim, euler_ancestral, dpmpp_2m
+    "sample_cfg.spacing": (None, optional(one_of("uniform", "quadratic"))),  # of ddim's timesteps
+    "sample_cfg.S_churn": (None, optional(number(0))),            # fresh noise on the whole way: heun
 }
+
+# of one kind of model alone; see its class
+MODEL_SETTINGS = {
+    "DDPM": {
+        "model.beta_schedule": (None, optional(one_of("linear", "quadratic", "cosine"))),
+        "model.prediction": ("eps", one_of("eps", "v", "x0")),
+    },
+    "EDM": {
+        "model.sigma_data": (None, optional(number(above=0))),
+        "model.P_mean": (-1.2, number()),
+        "model.P_std": (1.2, number(above=0)),
+        "model.sigma_min": (0.002, number(above=0)),
+        "model.sigma_max": (80.0, number(above=0)),
+        "model.rho": (7.0, number(above=0)),
+    },
+}
+
+RULES = {key: rule for table in (SETTINGS, *MODEL_SETTINGS.values()) for key, (_, rule) in table.items()}
+PATHS = ("output_folder", "dataset.data_folder", "model.vae_encoder_weights", "model.vae_decoder_weights")
+# keys in checkpoints of earlier versions, with the only value that they may have
+RETIRED = {"model.scale_betas": False, "model.min_snr_gamma": None, "train_cfg.cuda_graphs": None,
+           "sample_cfg.S_min": None, "sample_cfg.S_max": None, "sample_cfg.S_noise": None}
+
+
+def defaults_of(table):
+    """{"section": {"key": default}} of a table like SETTINGS."""
+    config = {}
+    for key, (default, _) in table.items():
+        *sections, last = key.split(".")
+        section = config
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[last] = copy.deepcopy(default)
+    return config
 
 
 def load_config(path, overrides=()):
-    """The configuration of one run: DEFAULTS, then the file, then overrides; checked.
+    """The configuration of one run: the defaults of SETTINGS, then the file, then `overrides`; checked.
 
     Args:
         path: YAML file; looked up in the project's configs/ too.
         overrides: strings "key.sub=value", the value in YAML.
 
     Returns:
-        dict shaped like DEFAULTS, `model` with the options of its `model_name`; paths absolute;
-        `img_shape` and `num_classes` filled in where the data set's name settles them.
+        dict of sections, `model` with the settings of its `model_name`; paths absolute; `img_shape` and `num_classes`
+        filled in where the data set's name determines them.
 
     Raises:
         UsageError: naming the file or key, the value, and what would be right.
     """
-    given = _read(path)
+    given = read_yaml(path)
     for item in overrides:
         _set(given, item)
     return complete_config(given)
 
 
 def complete_config(given):
-    """Put a dict of differences (or a checkpoint's whole configuration) on top of DEFAULTS; see `load_config`."""
-    name = given.get("model_name", DEFAULTS["model_name"])
+    """A dict of differences, or a checkpoint's whole configuration, on top of the defaults; see `load_config`."""
+    if "unet" in given.get("model", ()):
+        raise UsageError("config: this is a config of Stable Diffusion; draw with it by txt2img.py")
+    name = given.get("model_name", SETTINGS["model_name"][0])
     check_value("model_name", name)
-    defaults = copy.deepcopy(DEFAULTS)
-    defaults["model"].update(MODEL_OPTIONS[name])
-    config = _merge(defaults, given, "", name)
-    _resolve(config)
+    config = merge(defaults_of(SETTINGS | MODEL_SETTINGS[name]), given)
+    for section, key in _paths(config):
+        section[key] = os.path.normpath(os.path.join(CODE, os.path.expanduser(section[key])))
+    _fill_in_shapes(config)
     _check_combinations(config)
     return config
 
 
-def _read(path):
+def read_yaml(path):
+    """The dict in a YAML file. Raises UsageError."""
     name, places = os.path.basename(path), [path]
     # a checkout without symbolic links has no code/configs, an unpacked submission only that
     folders = [os.path.join(CODE, "..", "configs"), os.path.join(CODE, "configs")]
@@ -252,7 +247,7 @@ def _read(path):
         places += [os.path.join(folder, name) for folder in folders]
     found = next(filter(os.path.isfile, places), None)
     if found is None:
-        near = _nearest(name, next((os.listdir(folder) for folder in folders if os.path.isdir(folder)), []))
+        near = nearest_word(name, next((os.listdir(folder) for folder in folders if os.path.isdir(folder)), []))
         raise UsageError(f"config: no file {path}" + (f"; did you mean configs/{near}?" if near else ""))
     try:
         with open(found, encoding="utf-8") as f:
@@ -280,60 +275,62 @@ def _set(given, item):
     given[last] = value
 
 
-def _nearest(word, words):
+def nearest_word(word, words):
+    """The one of `words` that `word` was probably meant to be, or None."""
     lower = {str(w).lower(): str(w) for w in words}
     return next((lower[w] for w in difflib.get_close_matches(str(word).lower(), lower, 1)), None)
 
 
-def _merge(defaults, given, prefix, model_name):
+def merge(config, given, rules=RULES, prefix=""):
+    """Put the values of `given` into `config`, both dicts of sections. Raises UsageError for what does not belong."""
     for key, value in given.items():
         full = f"{prefix}{key}"
-        if key not in defaults:
-            raise UsageError(f"config: unknown key {full}{_hint(key, defaults, prefix, model_name)}")
-        if isinstance(defaults[key], dict):
-            if not isinstance(value, dict):
-                raise UsageError(f"config: {full} is a section of `key: value` lines, not {value!r}")
-            _merge(defaults[key], value, f"{full}.", model_name)
+        if key not in config and full in RETIRED and value == RETIRED[full]:
+            continue
+        if key not in config:
+            raise UsageError(f"config: unknown key {full}{_hint(key, full, config, prefix, rules)}")
+        if not isinstance(config[key], dict):
+            config[key] = check_value(full, value, rules)
+        elif isinstance(value, dict):
+            merge(config[key], value, rules, f"{full}.")
         else:
-            defaults[key] = check_value(full, value)
-    return defaults
+            raise UsageError(f"config: {full} is a section of `key: value` lines, not {value!r}")
+    return config
 
 
-def _hint(key, defaults, prefix, model_name):
-    owner = next((m for m, options in MODEL_OPTIONS.items() if key in options), None)
-    if prefix == "model." and owner:
-        return f"; it belongs to model_name {owner}, not {model_name}"
-    near = _nearest(key, defaults)
+def _hint(key, full, config, prefix, rules):
+    owner = next((name for name, table in MODEL_SETTINGS.items() if full in table), None)
+    if owner:
+        return f"; it belongs to model_name {owner}"
+    near = nearest_word(key, config)
     if near:
         return f"; did you mean {prefix}{near}?"
-    elsewhere = [k for k in RULES if k.split(".")[-1] == key]
-    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; there are {', '.join(map(str, defaults))}"
+    elsewhere = [k for k in rules if k.split(".")[-1] == key]
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; there are {', '.join(map(str, config))}"
 
 
 def check_value(key, value, rules=RULES):
+    """The value as it is used. Raises UsageError with the key, the value, and what would be right."""
     wanted, check = rules[key]
     try:
         return check(value)
     except (ValueError, TypeError, OverflowError):
         _, choice, words = wanted.partition("one of ")
-        near = _nearest(value, words.split(", ")) if choice else None
+        near = nearest_word(value, words.split(", ")) if choice else None
         raise UsageError(f"config: {key} is {value!r}; it must be {wanted}"
                          + (f" (did you mean {near}?)" if near else "")) from None
 
 
 def _paths(config):
     """(section, key) of every path that is set."""
-    for *parents, key in PATHS:
-        section = config
-        for name in parents:
-            section = section[name]
+    for path in PATHS:
+        *parents, key = path.split(".")
+        section = config[parents[0]] if parents else config
         if section[key] is not None:
             yield section, key
 
 
-def _resolve(config):
-    for section, key in _paths(config):
-        section[key] = os.path.normpath(os.path.join(CODE, os.path.expanduser(section[key])))
+def _fill_in_shapes(config):
     data, model = config["dataset"], config["model"]
     shape, classes = KNOWN[data["name"]]
     size = data["img_size"] or shape[-1]
@@ -365,7 +362,7 @@ def _check_combinations(config):
         raise UsageError(f"config: sample_cfg.guidance_scale is {sampling['guidance_scale']}; "
                          "other than 1 it needs model.label_dropout above 0 (0.1 is usual)")
     if model.get("beta_schedule") == "cosine" and model["prediction"] == "eps":
-        # it ends at abar = 2e-9: an image worked out from x_t and eps there is an error times 20,000
+        # it ends at abar = 2e-9: an image computed from x_t and eps there is an error times 20,000
         raise UsageError("config: model.prediction is 'eps', which cannot be sampled with model.beta_schedule "
                          "'cosine'; use v or x0")
     if config["model_name"] == "EDM" and model["sigma_min"] >= model["sigma_max"]:

@@ -8,9 +8,7 @@ import torch
 
 from .diffusion import Diffusion
 from .common.errors import UsageError
-from .samplers import ddim_step, ddim_timesteps, draw_noise
-
-PREDICTIONS = ("eps", "v", "x0")
+from .samplers import draw_noise, guidance_at
 
 
 # ---- noise schedules: T betas, float64
@@ -33,6 +31,7 @@ def cosine_beta_schedule(timesteps, s=0.008):
 
 
 SCHEDULES = {"linear": linear_beta_schedule, "quadratic": quadratic_beta_schedule, "cosine": cosine_beta_schedule}
+PREDICTIONS = ("eps", "v", "x0")
 
 
 class DDPM(Diffusion):
@@ -41,19 +40,16 @@ class DDPM(Diffusion):
     Args:
         beta_schedule: "linear", "quadratic" or "cosine"; None takes the handout's, linear in pixels and
             quadratic in latents.
-        scale_betas: multiply the betas by 1000 / timesteps, so that fewer steps still end in noise.
-        prediction: what the network says: the noise "eps" (eq. 14), "x0", or "v" = sqrt(abar) eps -
+        prediction: what the network predicts: the noise "eps" (eq. 14), "x0", or "v" = sqrt(abar) eps -
             sqrt(1 - abar) x0 (Salimans & Ho 2022).
-        min_snr_gamma: cap the loss's weight in x0 at this signal-to-noise ratio (Hang et al. 2023); None
-            is the plain squared error of `prediction`.
     """
 
-    SAMPLERS = {"ddpm": "ancestral", "ddim": "ddim", **Diffusion.SAMPLERS}
+    linear_beta_schedule = staticmethod(linear_beta_schedule)
+    quadratic_beta_schedule = staticmethod(quadratic_beta_schedule)
 
     def __init__(self, img_shape=(3, 32, 32), timesteps=100, dim=64, context_dim=64, num_classes=10,
                  dim_mults=(1, 2, 4), attn_levels=(0, 1), use_vae=False, vae_encoder_weights=None,
-                 vae_decoder_weights=None, beta_schedule=None, scale_betas=False, prediction="eps",
-                 min_snr_gamma=None, **options):
+                 vae_decoder_weights=None, beta_schedule=None, prediction="eps", **options):
         super().__init__(img_shape, timesteps, dim, context_dim, num_classes, dim_mults, attn_levels,
                          use_vae, vae_encoder_weights, vae_decoder_weights, **options)
         if prediction not in PREDICTIONS:
@@ -61,14 +57,10 @@ class DDPM(Diffusion):
         self.prediction = prediction
 
         # all tables in float64, stored in fp32
-        beta_schedule = beta_schedule or ("quadratic" if use_vae else "linear")
-        betas = SCHEDULES[beta_schedule](timesteps)
-        if scale_betas:
-            betas = (betas * 1000 / timesteps).clamp(max=0.999)
+        betas = SCHEDULES[beta_schedule or ("quadratic" if use_vae else "linear")](timesteps)
         alphas = 1 - betas
         abar = alphas.cumprod(0)
         abar_prev = torch.cat([abar.new_ones(1), abar[:-1]])
-        snr = abar / (1 - abar)
         tables = {
             "betas": betas,
             "alphas_cumprod": abar,
@@ -78,24 +70,16 @@ class DDPM(Diffusion):
             # p(x_{t-1} | x_t), eq. 11 and 7
             "sqrt_recip_alphas": (1 / alphas).sqrt(),
             "posterior_variance": betas * (1 - abar_prev) / (1 - abar),
-            "loss_weight": self._loss_weight(snr, min_snr_gamma),
         }
         for name, table in tables.items():
             self.register_buffer(name, table.float())
 
-    def _loss_weight(self, snr, gamma):
-        if gamma is None:
-            return torch.ones_like(snr)
-        # an error in eps or v, times this, is the same error in x0
-        in_x0 = {"x0": torch.ones_like(snr), "eps": 1 / snr, "v": 1 / (snr + 1)}[self.prediction]
-        return snr.clamp(max=gamma) * in_x0
-
     @staticmethod
-    def _extract(table, t, x):
-        """table[t], shaped to multiply x: B -> B x 1 x 1 x 1. A gather on the device, no sync."""
-        return table.gather(0, t).reshape(-1, *[1] * (x.dim() - 1))
+    def _extract(table, t, x_shape):
+        """table[t], shaped to multiply a batch of shape x_shape: B -> B x 1 x 1 x 1. A gather on the device, no sync."""
+        return table.gather(0, t).reshape(-1, *[1] * (len(x_shape) - 1))
 
-    # ---- forward process
+    # ---- forward process and loss
 
     def q_sample(self, x_start, t, noise=None):
         """Draw x_t given x_0, eq. 4: sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise.
@@ -104,10 +88,33 @@ class DDPM(Diffusion):
         """
         if noise is None:
             noise = torch.randn_like(x_start)
-        return (self._extract(self.sqrt_alphas_cumprod, t, x_start) * x_start
-                + self._extract(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise)
+        return (self._extract(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
+                + self._extract(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * noise)
 
-    # ---- eps, v and x0 tell the same: x_t = sqrt(abar) x0 + sqrt(1 - abar) eps, v as above
+    def compute_loss(self, x_start, label, t, noise=None, drop=None, encoded=False, return_each=False):
+        """Algorithm 1, lines 2 to 5: the mean squared error of the predicted noise, eq. 14. A scalar.
+
+        What train.py minimises; see Diffusion.compute_loss for the arguments.
+        """
+        if self.use_vae and not encoded:
+            x_start = self.encode(x_start)  # latent diffusion: everything below happens in latents
+        if self.label_dropout > 0:
+            label = self.hide_labels(label, drop)
+        if noise is None:
+            noise = torch.randn_like(x_start)
+
+        x_t = self.q_sample(x_start, t, noise)
+        predicted = self.model(x_t, label, t).to(x_t.dtype)  # eps_theta(x_t, c, t)
+        if self.prediction == "eps":
+            target = noise
+        elif self.prediction == "v":
+            target = self.predict_v(x_start, t, noise)
+        else:
+            target = x_start
+        each = (predicted - target).pow(2).flatten(1).mean(1)  # B
+        return (each.mean(), each) if return_each else each.mean()
+
+    # ---- eps, v and x0 are equivalent: x_t = sqrt(abar) x0 + sqrt(1 - abar) eps, v as above
 
     def predict_start_from_noise(self, x_t, t, eps):
         """x0 from x_t and eps."""
@@ -135,38 +142,30 @@ class DDPM(Diffusion):
         return s * x_t + a * v
 
     def _signal_noise(self, x, t):
-        return (self._extract(self.sqrt_alphas_cumprod, t, x),
-                self._extract(self.sqrt_one_minus_alphas_cumprod, t, x))
-
-    # ---- training: `compute_loss` (in diffusion.py) draws what is not given and averages these
-
-    def losses(self, x_start, label, t, noise):
-        """Algorithm 1, lines 2 to 5, for each image: B."""
-        x_t = self.q_sample(x_start, t, noise)
-        out = self.model(x_t, label, t).to(x_t.dtype)
-        if self.prediction == "eps":
-            target = noise
-        elif self.prediction == "v":
-            target = self.predict_v(x_start, t, noise)
-        else:
-            target = x_start
-        return self.loss_weight.gather(0, t) * (out - target).pow(2).flatten(1).mean(1)
+        return (self._extract(self.sqrt_alphas_cumprod, t, x.shape),
+                self._extract(self.sqrt_one_minus_alphas_cumprod, t, x.shape))
 
     # ---- reverse process
 
-    def predict(self, x, label, t, guidance_scale=1.0):
-        """(eps, x0) as the network sees them in x_t; each B x C x H x W, in the precision of x."""
-        out = self.guided(x, label, t, guidance_scale).to(x.dtype)
-        if self.prediction == "eps":
-            return out, self.predict_start_from_noise(x, t, out)
-        if self.prediction == "v":
-            return self.predict_noise_from_v(x, t, out), self.predict_start_from_v(x, t, out)
-        return self.predict_noise_from_start(x, t, out), out
+    def predict(self, x, label, t, guidance_scale=1.0, clip=False):
+        """(eps, x0) that the network predicts from x_t; each B x C x H x W, in the precision of x.
 
-    def predict_clipped(self, x, label, t, guidance_scale=1.0):
-        """The same, x0 kept in [-1, 1], where pixels are, and the eps that belongs to it."""
-        x0 = self.predict(x, label, t, guidance_scale)[1].clamp(-1, 1)
-        return self.predict_noise_from_start(x, t, x0), x0
+        clip: keep x0 in [-1, 1], where pixels are, and return the eps that belongs to it.
+        """
+        if guidance_scale == 1.0:
+            out = self.model(x, label, t).to(x.dtype)
+        else:
+            out = self.guided(x, label, t, guidance_scale).to(x.dtype)
+        if self.prediction == "eps":
+            eps, x0 = out, self.predict_start_from_noise(x, t, out)
+        elif self.prediction == "v":
+            eps, x0 = self.predict_noise_from_v(x, t, out), self.predict_start_from_v(x, t, out)
+        else:
+            eps, x0 = self.predict_noise_from_start(x, t, out), out
+        if clip:
+            x0 = x0.clamp(-1, 1)
+            eps = self.predict_noise_from_start(x, t, x0)
+        return eps, x0
 
     @torch.no_grad()
     def p_sample(self, x, label, t, t_index, guidance_scale=1.0, generator=None, clip=False):
@@ -174,49 +173,36 @@ class DDPM(Diffusion):
 
         x: B x C x H x W, label: B, t: B (long, all equal to t_index), t_index: int.
         The mean is eq. 11, the variance beta-tilde of eq. 7; no noise at t_index 0.
-        generator: see samplers.draw_noise; clip: use `predict_clipped`, which is not in Algorithm 2.
+        generator: see samplers.draw_noise; clip: see `predict`, not part of Algorithm 2.
         """
-        eps, _ = (self.predict_clipped if clip else self.predict)(x, label, t, guidance_scale)
-        beta = self._extract(self.betas, t, x)
-        mean = self._extract(self.sqrt_recip_alphas, t, x) * (
-            x - beta / self._extract(self.sqrt_one_minus_alphas_cumprod, t, x) * eps
+        eps, _ = self.predict(x, label, t, guidance_scale, clip)
+        beta = self._extract(self.betas, t, x.shape)
+        mean = self._extract(self.sqrt_recip_alphas, t, x.shape) * (
+            x - beta / self._extract(self.sqrt_one_minus_alphas_cumprod, t, x.shape) * eps
         )
         if t_index == 0:
             return mean
         noise = draw_noise(generator, self.timesteps - t_index, x)
-        return mean + self._extract(self.posterior_variance, t, x).sqrt() * noise
+        return mean + self._extract(self.posterior_variance, t, x.shape).sqrt() * noise
 
-    def ancestral(self, x, labels, plan, generator=None, callback=None, step=None):
-        """Algorithm 2 from x_T = x down to x_0, in the model's space. step: in place of `p_sample`."""
-        step = step or self.p_sample
-        options = {"clip": True} if plan.clip else {}
-        sigmas = self.sigmas.tolist()
+    @torch.no_grad()
+    def p_sample_loop(self, labels, noise=None, guidance_interval=None, callback=None, **given):
+        """Algorithm 2: draw one image per label, B -> B x C x H x W in [0, 1], decoded when `use_vae`.
+
+        noise, guidance_interval, callback: see Diffusion.sample. given: guidance_scale, generator and clip of
+        `p_sample`, which gets those that were given here and no others: an override needs no more than four arguments.
+        """
+        scale = given.get("guidance_scale")
+        self.check_guidance(scale)
+        labels, x = self.start(labels, noise, given.get("generator"))
         for i in reversed(range(self.timesteps)):
             t = torch.full((len(x),), i, device=x.device, dtype=torch.long)
-            x = step(x, labels, t, i, plan.scale(sigmas[i]), generator, **options)
+            if guidance_interval:
+                given["guidance_scale"] = guidance_at(float(self.sigmas[i]), scale, guidance_interval)
+            x = self.p_sample(x, labels, t, i, **given)
             if callback:
                 callback(self.timesteps - i, self.timesteps, x)
-        return x
-
-    def ddim_step(self, x, label, t, t_index, t_next, guidance_scale=1.0, generator=None, eta=0.0, clip=False):
-        """One DDIM step (Song et al. 2020, see samplers.ddim_step) from t_index to t_next, -1 being the image."""
-        eps, x0 = (self.predict_clipped if clip else self.predict)(x, label, t, guidance_scale)
-        level, level_next = ((self.sqrt_alphas_cumprod[i], self.sqrt_one_minus_alphas_cumprod[i]) if i >= 0
-                             else (1.0, 0.0) for i in (t_index, t_next))
-        noise = draw_noise(generator, self.timesteps - t_index, x) if eta > 0 and t_next >= 0 else None
-        return ddim_step(x0, eps, level, level_next, eta, noise)
-
-    def ddim(self, x, labels, plan, generator=None, callback=None):
-        """DDIM from x_T = x down to x_0: the same network, tens of calls instead of `timesteps`."""
-        timesteps = ddim_timesteps(self.timesteps, plan.steps, plan.options.get("spacing", "uniform"))
-        sigmas = self.sigmas.tolist()
-        for k, (i, i_next) in enumerate(zip(timesteps, timesteps[1:] + [-1])):
-            t = torch.full((len(x),), i, device=x.device, dtype=torch.long)
-            x = self.ddim_step(x, labels, t, i, i_next, plan.scale(sigmas[i]), generator,
-                               plan.options.get("eta", 0.0), plan.clip)
-            if callback:
-                callback(k + 1, plan.steps, x)
-        return x
+        return self.postprocess(x)
 
     # ---- the same model as a denoiser, for every solver of samplers.py
 
@@ -259,10 +245,3 @@ class DDPM(Diffusion):
         if self.prediction == "v":
             return x / scale ** 2 - sigma / scale * out
         return out
-
-    def p_sample_loop(self, labels, **options):
-        """Algorithm 2: draw one image per label, B -> B x C x H x W in [0, 1].
-
-        Options: `guidance_scale`, `noise`, `generator`, `callback`, see `sample`.
-        """
-        return self.sample(labels, "ddpm", **options)

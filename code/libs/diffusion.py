@@ -1,10 +1,10 @@
-"""What DDPM and EDM share: the UNet, the optional autoencoder, the loss's and the samplers' frame."""
+"""What all models share: the UNet, the optional autoencoder, guidance, and sampling by the solvers of samplers.py."""
 
 import torch
 from torch import nn
 
 from .common.errors import UsageError
-from .samplers import SOLVERS, Plan, ddim_timesteps, default_steps, draw_noise, karras_sigmas, nearest
+from .samplers import SOLVERS, draw_noise, guidance_at, karras_sigmas
 from .tiny_autoencoder import DOWNSCALE, TAESD, in_parts
 from .unet import UNet
 
@@ -21,12 +21,9 @@ class Diffusion(nn.Module):
         label_dropout: chance that training hides an image's label, so that sampling can be guided.
         unet_options: further keyword arguments of UNet.
 
-    A subclass says how a noise level disturbs an image (`losses`), what the image under it is (`denoise`) and which
-    noise levels there are (`sigma_range`).
+    A subclass defines the training loss (`compute_loss`), the denoiser (`denoise`) and the range of noise levels
+    (`sigma_range`).
     """
-
-    # name -> method(x, labels, plan, generator, callback) that takes standard normal x to x_0, in the model's space
-    SAMPLERS = dict.fromkeys(SOLVERS, "solve")
 
     def __init__(self, img_shape=(3, 32, 32), timesteps=100, dim=64, context_dim=64, num_classes=10,
                  dim_mults=(1, 2, 4), attn_levels=(0, 1), use_vae=False, vae_encoder_weights=None,
@@ -70,35 +67,19 @@ class Diffusion(nn.Module):
         """B x 3 x H x W in [0, 1] -> latents B x 4 x H/8 x W/8; pixels pass as they are."""
         if not self.use_vae:
             return images
-        with torch.autocast(images.device.type, enabled=False):  # what is learnt from is not rounded
+        with torch.autocast(images.device.type, enabled=False):  # the training targets are not rounded
             return in_parts(self.vae.encoder, images.to(next(self.vae.parameters()).dtype))
 
     @torch.no_grad()
     def postprocess(self, x):
-        """What the reverse process ends with -> images in [0, 1], decoded when `use_vae`."""
+        """The result of the reverse process -> images in [0, 1], decoded when `use_vae`."""
         if self.use_vae:
             return in_parts(self.vae.decoder, x).clamp(0, 1)
         return ((x + 1) / 2).clamp(0, 1)
 
     # ---- training
 
-    def losses(self, x_start, label, t, noise):
-        """B x ..., B, B, B x ... -> B weighted squared errors, each the mean over one image's values."""
-        raise NotImplementedError
-
-    def forward(self, x_start, label, t, noise=None, drop=None, encoded=False):
-        """Loss of each image, B; `compute_loss` is its mean and explains the arguments."""
-        if not encoded:
-            x_start = self.encode(x_start)
-        if noise is None:
-            noise = torch.randn_like(x_start)
-        if self.label_dropout > 0:
-            if drop is None:
-                drop = torch.rand(label.shape, device=label.device) < self.label_dropout * self.training
-            label = torch.where(drop, self.num_classes, label)
-        return self.losses(x_start, label, t, noise)
-
-    def compute_loss(self, x_start, label, t, noise=None, drop=None, encoded=False):
+    def compute_loss(self, x_start, label, t, noise=None, drop=None, encoded=False, return_each=False):
         """The training loss, a scalar.
 
         Args:
@@ -108,10 +89,21 @@ class Diffusion(nn.Module):
             noise: like x_start (with `use_vae` like its latents), standard normal; None draws it.
             drop: B, bool: whose label is hidden; None draws it with chance `label_dropout` in training mode.
             encoded: x_start holds latents already.
+            return_each: return (loss, loss of each image, B).
         """
-        return self(x_start, label, t, noise, drop, encoded).mean()
+        raise NotImplementedError
 
-    # ---- sampling
+    def forward(self, *args, **options):
+        """`compute_loss`: DistributedDataParallel averages gradients of what is called as a module."""
+        return self.compute_loss(*args, **options)
+
+    def hide_labels(self, label, drop=None):
+        """Labels with those in `drop` replaced by "no label", for classifier-free guidance (Ho & Salimans 2022)."""
+        if drop is None:
+            drop = torch.rand(label.shape, device=label.device) < self.label_dropout * self.training
+        return torch.where(drop, self.num_classes, label)
+
+    # ---- the denoiser
 
     @property
     def sigma_range(self):
@@ -123,22 +115,23 @@ class Diffusion(nn.Module):
         raise NotImplementedError
 
     def guided(self, x, label, time, guidance_scale=1.0):
-        """The network's output, pushed away from what it says without a label.
+        """The network's output, pushed away from its output without a label.
 
         Classifier-free guidance, Ho & Salimans 2022 eq. 6 with guidance_scale = 1 + w:
         1 is the plain conditional model, 0 the unconditional one. Both branches go in one call.
         """
         if guidance_scale == 1.0:
             return self.model(x, label, time)
-        self.check_guidance(guidance_scale)
         null = torch.full_like(label, self.num_classes)
         both = self.model(x.repeat(2, 1, 1, 1), torch.cat([label, null]), time.repeat(2))
         cond, uncond = both.chunk(2)
         return uncond + guidance_scale * (cond - uncond)
 
+    # ---- sampling
+
     def check_guidance(self, guidance_scale):
         """Raise UsageError unless the model can be guided by this."""
-        if guidance_scale != 1.0 and self.label_dropout == 0:
+        if guidance_scale not in (None, 1.0) and self.label_dropout == 0:
             raise UsageError(
                 f"guidance_scale: {guidance_scale} needs a model that was trained with model.label_dropout > 0; "
                 "for this one only 1.0 works"
@@ -150,90 +143,57 @@ class Diffusion(nn.Module):
             wrong = next(int(k) for k in labels if not 0 <= int(k) < self.num_classes)
             raise UsageError(f"label {wrong} is outside the model's classes 0 to {self.num_classes - 1}")
 
-    def plan(self, sampler=None, steps=None, guidance_scale=1.0, clip=False, guidance_interval=None, **options):
-        """What `sample` takes, checked before anything is drawn: a samplers.Plan. Raises `sample`'s UsageErrors."""
-        sampler = sampler or next(iter(self.SAMPLERS))
-        if sampler not in self.SAMPLERS:
-            raise UsageError(f"sampler: unknown {sampler!r}; {type(self).__name__} has {', '.join(self.SAMPLERS)}"
-                             + nearest(sampler, self.SAMPLERS))
-        if steps is None:
-            steps = default_steps(sampler, self.timesteps) or self.timesteps
-        if sampler == "ddpm" and steps != self.timesteps:
-            raise UsageError(f"steps: ddpm always takes all {self.timesteps}, not {steps}; ddim takes fewer")
-        if sampler == "ddim":
-            ddim_timesteps(self.timesteps, steps)
-        if steps < 1:
-            raise UsageError(f"steps: {steps} is too few; 1 is the least")
-        if sampler in SOLVERS and self.sigma_range[0] >= self.sigma_range[1]:
-            raise UsageError(f"sampler: {sampler} needs more than the one noise level that this model has")
-        if clip and self.use_vae:
-            raise UsageError("clip: only pixels lie in [-1, 1]; this is a model of latents")
-        self.check_guidance(guidance_scale)
-        return Plan(sampler, steps, guidance_scale, guidance_interval, clip, options)
+    def start(self, labels, noise=None, generator=None):
+        """Where the reverse process begins: (labels on the model's device, standard normal noise B x *img_shape).
 
-    def network_calls(self, *args, **options):
-        """How often the network sees one image while `sample` draws it with this `plan`; twice in a guided step."""
-        plan, levels = self.plan(*args, **options), []
-        if plan.sampler in SOLVERS:
-            # the solver itself counts, on a number
-            SOLVERS[plan.sampler](lambda x, sigma: levels.append(sigma) or x, torch.zeros(1), self._sigmas(plan),
-                                  generator=lambda step, shape: torch.zeros(shape), **plan.options)
-        else:
-            timesteps = ddim_timesteps(self.timesteps, plan.steps, plan.options.get("spacing", "uniform"))
-            levels = self.sigmas[timesteps].tolist()
-        return sum(1 if plan.scale(sigma) == 1 else 2 for sigma in levels)
-
-    def _sigmas(self, plan):
-        return karras_sigmas(plan.steps, *self.sigma_range)
+        noise: the same, if it is given; else `generator` draws it, see samplers.draw_noise.
+        Raises UsageError for a label that is no class of the model.
+        """
+        self.check_labels(labels)
+        like = next(self.buffers())
+        if noise is None:
+            noise = draw_noise(generator, 0, like.new_empty(len(labels), *self.img_shape))
+        return labels.to(like.device), noise.to(like)
 
     def scale_noise(self, x, sigma_max):
-        """Where a solver starts, from standard normal x."""
+        """Standard normal x -> where a solver starts."""
         return sigma_max * x
 
-    def solve(self, x, labels, plan, generator=None, callback=None):
-        """One of SOLVERS from standard normal x to x_0."""
-        sigmas = self._sigmas(plan)
+    def solve(self, x, label, solver, steps, guidance_scale=1.0, guidance_interval=None, clip=False, generator=None,
+              callback=None, **options):
+        """From standard normal x to x_0, in the model's space, by one of SOLVERS. See `sample` for the arguments."""
+        sigmas = karras_sigmas(steps, *self.sigma_range)
 
         def denoise(x, sigma):
-            D = self.denoise(x, sigma, labels, plan.scale(sigma))
-            return D.clamp(-1, 1) if plan.clip else D
+            D = self.denoise(x, sigma, label, guidance_at(sigma, guidance_scale, guidance_interval))
+            return D.clamp(-1, 1) if clip else D
 
-        def say(step, steps, x):
-            if callback:
-                callback(step, steps, x / (1 + float(sigmas[step]) ** 2) ** 0.5)
+        def report(step, steps, x):
+            callback(step, steps, x / (1 + float(sigmas[step]) ** 2) ** 0.5)
 
-        return SOLVERS[plan.sampler](denoise, self.scale_noise(x, float(sigmas[0])), sigmas, say, generator,
-                                     **plan.options)
+        return SOLVERS[solver](denoise, self.scale_noise(x, float(sigmas[0])), sigmas, callback and report, generator,
+                               **options)
 
     @torch.no_grad()
-    def sample(self, labels, sampler=None, steps=None, guidance_scale=1.0, noise=None, generator=None,
-               callback=None, **options):
-        """Draw one image per label: B -> B x C x H x W in [0, 1].
+    def sample(self, labels, solver="heun", steps=18, noise=None, generator=None, **options):
+        """Draw one image per label with a solver: B -> B x C x H x W in [0, 1].
 
         Args:
             labels: B, long.
-            sampler: a key of `SAMPLERS`; None takes the class's first.
-            steps: number of sampler steps; None takes the sampler's default (samplers.DEFAULT_STEPS).
-            guidance_scale: see `guided`.
+            solver: a key of samplers.SOLVERS.
+            steps: number of solver steps.
             noise: B x *img_shape, standard normal: where the reverse process starts; None draws it.
             generator: source of all randomness; None is torch's global one. A function (step, shape) -> noise
                 such as samplers.image_generator lets each image have its own.
-            callback: called as callback(step, steps, x) after every step. Its x is the state in DDPM's scaling,
-                sqrt(abar) x_0 + sqrt(1 - abar) noise, whatever the sampler's.
-            guidance_interval: (sigma_lo, sigma_hi): guide only at noise levels sigma_lo < sigma <= sigma_hi, elsewhere
-                the network is called without the second branch; None guides everywhere.
+            guidance_scale: see `guided`.
+            guidance_interval: (sigma_lo, sigma_hi): guide only at these noise levels; None: at all.
             clip: keep the predicted image in [-1, 1] in every step; not for latents.
-            options: the sampler's own, see samplers.OPTIONS.
+            callback: called as callback(step, steps, x) after every step. Its x is the state in DDPM's scaling,
+                sqrt(abar) x_0 + sqrt(1 - abar) noise, whatever the solver's.
+            options: the solver's own.
 
-        Raises:
-            UsageError: unknown sampler or option, a value out of range, label outside the classes, guidance of a
-                model trained without label dropout.
+        Raises UsageError for a label outside the classes, or guidance of a model trained without label dropout.
         """
-        plan = self.plan(sampler, steps, guidance_scale, **options)
-        self.check_labels(labels)
-        like = next(self.buffers())
-        labels = labels.to(like.device)
-        if noise is None:
-            noise = draw_noise(generator, 0, like.new_empty(len(labels), *self.img_shape))
-        x = getattr(self, self.SAMPLERS[plan.sampler])(noise.to(like), labels, plan, generator, callback)
-        return self.postprocess(x)
+        self.check_guidance(options.get("guidance_scale"))
+        labels, x = self.start(labels, noise, generator)
+        return self.postprocess(self.solve(x, labels, solver, steps, generator=generator, **options))

@@ -54,25 +54,33 @@ class EDM(Diffusion):
         """
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         c_skip, c_out, c_in, c_noise = (c[:, None, None, None] for c in self.preconditioning(sigma))
-        # the sinusoidal embedding tells times of the order of 1000 apart; c_noise is of the order of 1
+        # the sinusoidal embedding distinguishes times of the order of 1000; c_noise is of the order of 1
         F_x = self.guided(c_in * x, label, 1000 * c_noise.flatten(), guidance_scale).to(x.dtype)
         return c_skip * x + c_out * F_x
 
     # ---- training
 
-    def losses(self, x_start, label, t, noise):
-        """Eq. 2 weighted by lambda(sigma) = 1 / c_out^2, for each image: B."""
+    def compute_loss(self, x_start, label, t, noise=None, drop=None, encoded=False, return_each=False):
+        """Eq. 2 weighted by lambda(sigma) = 1 / c_out^2. A scalar; see Diffusion.compute_loss for the arguments."""
+        if self.use_vae and not encoded:
+            x_start = self.encode(x_start)
+        if self.label_dropout > 0:
+            label = self.hide_labels(label, drop)
+        if noise is None:
+            noise = torch.randn_like(x_start)
+
         sigma = self.sigmas.gather(0, t)
         D_x = self.denoise(x_start + sigma[:, None, None, None] * noise, sigma, label)
         weight = (sigma ** 2 + self.sigma_data ** 2) / (sigma * self.sigma_data) ** 2
-        return weight * (D_x - x_start).pow(2).flatten(1).mean(1)
+        each = weight * (D_x - x_start).pow(2).flatten(1).mean(1)  # B
+        return (each.mean(), each) if return_each else each.mean()
 
-    # ---- sampling: `sample` (in diffusion.py) walks from sigma_max down to 0
+    # ---- sampling: `sample` (in diffusion.py) goes from sigma_max down to 0
 
     @property
     def sigma_range(self):
         return self.sigma_min, self.sigma_max, self.rho
 
     def p_sample_loop(self, labels, **options):
-        """Draw one image per label, B -> B x C x H x W in [0, 1]. Options: `steps` and those of `sample`."""
+        """Draw one image per label by Heun's method, Algorithm 1: B -> B x C x H x W in [0, 1]. Options: of `sample`."""
         return self.sample(labels, **options)

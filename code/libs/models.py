@@ -1,43 +1,159 @@
-"""From a configuration or a checkpoint to a model."""
+"""From a configuration or a checkpoint to a model, and from a model to many images."""
+
+import math
+from typing import Callable, NamedTuple
+
+import torch
+from torchvision.utils import make_grid
 
 from .common.checkpoint import load_checkpoint
-from .config import complete_config
-from .ddim import DDIM
+from .common.errors import UsageError, display_path
+from .config import check_value, complete_config, nearest_word
+from .ddim import DDIM, ddim_timesteps
 from .ddpm import DDPM
 from .edm import EDM
-from .common.errors import UsageError, display_path
-from .samplers import OPTIONS, default_steps
+from .samplers import SOLVERS, guidance_at, image_generator, karras_sigmas
 
-MODELS = {"DDPM": DDPM, "DDIM": DDIM, "EDM": EDM}
-GRID_SAMPLER = {"DDPM": "ddim", "DDIM": "ddim", "EDM": "heun"}
+MODELS = {"DDPM": DDPM, "EDM": EDM}
+DEFAULT_SAMPLER = {"DDPM": "ddim", "EDM": "heun"}
+COMMON_SETTINGS = ("steps", "guidance_scale", "guidance_interval", "clip")
 
+
+# ---- how images are drawn
+
+class Sampler(NamedTuple):
+    """One way to draw images."""
+
+    draw: Callable  # (model, labels, steps, **settings) -> images in [0, 1]
+    levels: Callable  # (model, steps, **options) -> the noise level of each network call
+    steps: int = None  # default number of steps; None: all timesteps of the model
+    options: tuple = ()  # settings of its own, beside COMMON_SETTINGS
+
+
+def _solver(name, steps, options=()):
+    def draw(model, labels, steps, **settings):
+        return model.sample(labels, name, steps, **settings)
+
+    def levels(model, steps, **options):
+        called = []  # the solver itself counts, on a number in place of an image
+        SOLVERS[name](lambda x, sigma: called.append(sigma) or x, torch.zeros(1), karras_sigmas(steps, *model.sigma_range),
+                      generator=lambda step, shape: torch.zeros(shape), **options)
+        return called
+
+    return Sampler(draw, levels, steps, options)
+
+
+SAMPLERS = {
+    "ddpm": Sampler(lambda model, labels, steps, **settings: model.p_sample_loop(labels, **settings),
+                    lambda model, steps: model.sigmas.tolist()),
+    "ddim": Sampler(lambda model, labels, steps, **settings: DDIM.from_ddpm(model).p_sample_loop(labels, steps, **settings),
+                    lambda model, steps, spacing="uniform", **_:
+                        model.sigmas[ddim_timesteps(model.timesteps, steps, spacing)].tolist(), 50, ("eta", "spacing")),
+    "heun": _solver("heun", 18, ("S_churn",)),
+    "euler": _solver("euler", 50),
+    "euler_ancestral": _solver("euler_ancestral", 50, ("eta",)),
+    "dpmpp_2m": _solver("dpmpp_2m", 20, ("eta",)),
+}
+
+
+def samplers_of(model):
+    """Names of the samplers that can draw from `model`."""
+    names = [name for name in SAMPLERS if isinstance(model, DDPM) or name not in ("ddpm", "ddim")]
+    low, high, _ = model.sigma_range
+    return [name for name in names if name not in SOLVERS or low < high]  # a solver needs more than one noise level
+
+
+def sampling_settings(model, config, **given):
+    """Complete, checked keyword settings of `draw_images`: the configuration's `sample_cfg` under those given.
+
+    given: values of sample_cfg; None means not given. The result always has "sampler", "steps" and "guidance_scale",
+    and of the others those that are set. Raises UsageError for a sampler that the model does not have, an option that
+    the sampler does not take, a value out of range, or guidance of a model trained without label dropout.
+    """
+    for key, value in given.items():
+        if value is not None:
+            given[key] = check_value(f"sample_cfg.{key}", value)
+    settings = dict(config["sample_cfg"])
+    name = settings["sampler"] = settings["sampler"] or DEFAULT_SAMPLER[config["model_name"]]
+    if given.get("sampler") not in (None, name):  # the config's steps and options were meant for its own sampler
+        settings = {k: v if k in COMMON_SETTINGS[1:] else None for k, v in settings.items()}
+    settings |= {k: v for k, v in given.items() if v is not None}
+    name, available = settings["sampler"], samplers_of(model)
+    if name not in available:
+        raise UsageError(f"sampler: {name} cannot draw from this {config['model_name']}; it has {', '.join(available)}")
+    sampler = SAMPLERS[name]
+
+    if settings["steps"] is None:
+        settings["steps"] = min(sampler.steps or model.timesteps, model.timesteps if name == "ddim" else math.inf)
+    if settings["clip"] is None and isinstance(model, DDPM) and not model.use_vae and name != "ddpm":
+        settings["clip"] = True  # Algorithm 2 has no clipping
+    settings = {k: v for k, v in settings.items() if v is not None}
+
+    for key in settings:
+        if key not in ("sampler", *COMMON_SETTINGS, *sampler.options):
+            takers = [other for other, s in SAMPLERS.items() if key in s.options]
+            raise UsageError(f"{key}: the sampler {name} does not take it; {', '.join(takers)} "
+                             + ("do" if len(takers) > 1 else "does"))
+    if name == "ddpm" and settings["steps"] != model.timesteps:
+        raise UsageError(f"steps: ddpm always takes all {model.timesteps}, not {settings['steps']}; ddim takes fewer")
+    if name == "ddim":
+        ddim_timesteps(model.timesteps, settings["steps"])
+    if settings.get("clip") and model.use_vae:
+        raise UsageError("clip: only pixels lie in [-1, 1]; this is a model of latents")
+    lo, hi = settings.get("guidance_interval", (0, 1))
+    if not lo < hi:
+        raise UsageError(f"guidance_interval: {[lo, hi]} is not [sigma_lo, sigma_hi] with sigma_lo < sigma_hi")
+    model.check_guidance(settings["guidance_scale"])
+    return settings
+
+
+def network_calls(model, settings):
+    """How often the network sees one image while it is drawn; twice in a guided step."""
+    options = {k: v for k, v in settings.items() if k not in ("sampler", *COMMON_SETTINGS)}
+    levels = SAMPLERS[settings["sampler"]].levels(model, settings["steps"], **options)
+    scale, interval = settings["guidance_scale"], settings.get("guidance_interval")
+    return sum(1 if guidance_at(sigma, scale, interval) == 1 else 2 for sigma in levels)
+
+
+def sample_images(model, labels, settings, noise=None, generator=None, callback=None):
+    """Draw one image per label, B -> B x C x H x W in [0, 1], by complete `settings`; see Diffusion.sample."""
+    settings = dict(settings)
+    draw = SAMPLERS[settings.pop("sampler")].draw
+    return draw(model, labels, noise=noise, generator=generator, callback=callback, **settings)
+
+
+def draw_images(model, labels, settings, seed=0, batch_size=100, device="cpu", noise=None, callback=None):
+    """Yield images B x C x H x W in [0, 1] on the CPU, one per label.
+
+    Image k depends on (seed, k, its label) alone, not on the batch it is in. settings: of `sampling_settings`.
+    noise: N x *model.img_shape, where each image starts, in place of the seed's; callback: see Diffusion.sample.
+    """
+    for numbers in torch.arange(len(labels)).split(batch_size):
+        yield sample_images(model, labels[numbers].to(device), settings, None if noise is None else noise[numbers],
+                            image_generator(seed, numbers), callback).cpu()
+
+
+def sample_grid(model, config, settings, device, callback=None):
+    """A grid of `train_cfg.num_eval_samples` images a class, one row each, from the same noise every time."""
+    per_class = config["train_cfg"]["num_eval_samples"]
+    labels = torch.arange(model.num_classes).repeat_interleave(per_class)
+    training = model.training
+    model.eval()
+    images = torch.cat(list(draw_images(model, labels, settings, config["seed"], device=device, callback=callback)))
+    model.train(training)
+    return make_grid(images, nrow=per_class, padding=1)
+
+
+# ---- from a configuration or a checkpoint
 
 def build_model(config):
-    """The model that a configuration describes, on the CPU. Raises UsageError when it cannot be."""
+    """The model that a configuration describes, on the CPU. Raises UsageError when it cannot be built or drawn from."""
     model = MODELS[config["model_name"]](**config["model"])
     try:
-        model.plan(**sampling_options(config))
+        sampling_settings(model, config)
     except UsageError as e:
         raise UsageError(f"config: sample_cfg.{e}") from None
     return model
-
-
-def sampling_options(config, **given):
-    """Keyword arguments of `Diffusion.sample`: the configuration's, under those given that are not None.
-
-    Those that neither settles are left to the sampler, but for `steps`, so that it can be said which are meant.
-    """
-    options = dict(config["sample_cfg"])
-    options["sampler"] = options["sampler"] or GRID_SAMPLER[config["model_name"]]
-    if given.get("sampler") not in (None, options["sampler"]):  # these were meant for another sampler
-        options |= dict.fromkeys(["steps", *OPTIONS])
-    options |= {k: v for k, v in given.items() if v is not None}
-    if options["steps"] is None:
-        options["steps"] = default_steps(options["sampler"], config["model"]["timesteps"])
-    pixels = config["model_name"] != "EDM" and not config["model"]["use_vae"]
-    if options["clip"] is None and pixels and options["sampler"] != "ddpm":  # Algorithm 2 has no clipping
-        options["clip"] = True
-    return {k: v for k, v in options.items() if v is not None or k == "steps"}
 
 
 def load_model(path, ema=True):
@@ -65,9 +181,9 @@ def check_autoencoder(model, state, config, path):
     """UsageError unless the autoencoder of `config` is that of the checkpoint `path`, as far as its `state` says."""
     if not model.use_vae:
         return
-    here = model.vae.hashes()
-    differ = [f"model.vae_{half}_weights" for half, digest in state.get("autoencoder", here).items()
-              if digest != here[half]]
+    hashes = model.vae.hashes()
+    differ = [f"model.vae_{half}_weights" for half, digest in state.get("autoencoder", hashes).items()
+              if digest != hashes[half]]
     if differ:
         files = ", ".join(display_path(config["model"][key.removeprefix("model.")]) for key in differ)
         raise UsageError(f"{', '.join(differ)}: the weights in {files} are not those in whose latents {path} was "
@@ -77,6 +193,7 @@ def check_autoencoder(model, state, config, path):
 def load_weights(model, state_dict, path):
     """Load strictly; a checkpoint of another architecture is a UsageError that names what differs."""
     own = model.state_dict()
+    state_dict = {k: v for k, v in state_dict.items() if k != "loss_weight"}  # all ones, in earlier versions
     differ = [k for k in own if k not in state_dict or own[k].shape != state_dict[k].shape]
     differ += [k for k in state_dict if k not in own]
     if differ:

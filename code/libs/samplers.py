@@ -1,87 +1,20 @@
-"""From noise to an image, for every model: the solvers, DDIM's formulas, and what a sampler may be asked.
+"""Solvers: from noise to an image, for every model here.
 
-Solvers know a model by one narrow call: denoise(x, sigma) -> D. There x = x_0 + sigma * noise, and D is the estimate
+A solver knows a model by one narrow call: denoise(x, sigma) -> D. There x = x_0 + sigma * noise, and D is the estimate
 of x_0 that minimises the squared error. Symbols are those of Karras et al. 2022 (arXiv 2206.00364).
 """
 
 import math
-from dataclasses import dataclass, field
-from difflib import get_close_matches
 
 import torch
 
-from .common.errors import UsageError
 from .common.seeds import image_noise
-
-# every sampler, with its steps when none are given; DDPM's Algorithm 2 has no choice
-DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "heun": 18, "euler": 50, "euler_ancestral": 50, "dpmpp_2m": 20}
-SPACINGS = ("uniform", "quadratic")
-
-# option -> samplers that take it; the functions below have its meaning and its default
-OPTIONS = {"eta": ("ddim", "euler_ancestral", "dpmpp_2m"), "spacing": ("ddim",),
-           "S_churn": ("heun",), "S_min": ("heun",), "S_max": ("heun",), "S_noise": ("heun",)}
-
-
-def default_steps(sampler, timesteps):
-    """Steps that a sampler takes when none are given; None where it has no choice or is not known."""
-    steps = DEFAULT_STEPS.get(sampler)
-    return min(steps, timesteps) if sampler == "ddim" else steps
-
-
-def nearest(word, words):
-    """ "; did you mean ...?" where one of `words` is close, else nothing."""
-    near = get_close_matches(str(word), words, 1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Settings of one way to draw, as `Diffusion.plan` has checked them."""
-
-    sampler: str
-    steps: int
-    guidance_scale: float = 1.0
-    guidance_interval: tuple = None  # (sigma_lo, sigma_hi); None: guided at every noise level
-    clip: bool = False
-    options: dict = field(default_factory=dict)  # of the sampler's own
-
-    def __post_init__(self):
-        if not 0 <= self.guidance_scale < math.inf:
-            raise UsageError(f"guidance_scale: {self.guidance_scale} is no number from 0 up")
-        if self.guidance_interval is not None:
-            lo, hi = self.guidance_interval
-            if not 0 <= lo < hi:
-                raise UsageError(f"guidance_interval: {list(self.guidance_interval)} is no [sigma_lo, sigma_hi] with "
-                                 "0 <= sigma_lo < sigma_hi")
-        for name, value in self.options.items():
-            self._check_option(name, value)
-
-    def _check_option(self, name, value):
-        if name not in OPTIONS:
-            raise UsageError(f"{name}: no sampler has this option{nearest(name, OPTIONS)}")
-        if self.sampler not in OPTIONS[name]:
-            takers = OPTIONS[name]
-            raise UsageError(f"{name}: the sampler {self.sampler} does not take it; {', '.join(takers)} "
-                             + ("do" if len(takers) > 1 else "does"))
-        if name == "spacing":
-            if value not in SPACINGS:
-                raise UsageError(f"spacing: {value!r} is none of {', '.join(SPACINGS)}"
-                                 + nearest(value, SPACINGS))
-        elif name == "eta" and not 0 <= value <= 1:
-            raise UsageError(f"eta: {value} is not between 0 and 1")
-        elif not value >= 0:
-            raise UsageError(f"{name}: {value} is no number from 0 up")
-
-    def scale(self, sigma):
-        """The guidance scale at noise level sigma: 1 outside the interval (Kynkaanniemi et al., arXiv 2404.07724)."""
-        lo, hi = self.guidance_interval or (0.0, math.inf)
-        return self.guidance_scale if lo < sigma <= hi else 1.0
 
 
 # ---- noise that samplers add on the way
 
 def image_generator(seed, numbers):
-    """A `generator` for `Diffusion.sample` that gives image number k the same noise in any batch.
+    """A `generator` that gives image number k the same noise in any batch.
 
     numbers: the number of each image of the batch. At step 0 it is seeds.image_noise, where the image starts.
     """
@@ -100,6 +33,12 @@ def draw_noise(generator, step, like):
 
 
 # ---- solvers: (denoise, x, sigmas, callback, generator, options) -> x
+
+def guidance_at(sigma, guidance_scale, interval=None):
+    """The guidance scale at noise level sigma: 1, none, outside (sigma_lo, sigma_hi]; arXiv 2404.07724."""
+    lo, hi = interval or (0.0, math.inf)
+    return guidance_scale if lo < sigma <= hi else 1.0
+
 
 def karras_sigmas(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """Eq. 5: `steps` noise levels from sigma_max down to sigma_min, then 0. float64, steps + 1 values."""
@@ -193,33 +132,3 @@ def dpmpp_2m(denoise, x, sigmas, callback=None, generator=None, eta=0.0):
 
 
 SOLVERS = {"heun": heun, "euler": euler, "euler_ancestral": euler_ancestral, "dpmpp_2m": dpmpp_2m}
-
-
-# ---- DDIM: Song et al. 2020 (arXiv 2010.02502)
-
-def ddim_timesteps(timesteps, steps, spacing="uniform"):
-    """`steps` of `timesteps` timesteps from the last, T - 1, down to 0: a list of ints, no two the same.
-
-    spacing: "uniform", or "quadratic", which is denser near 0 (Section 4.4 and Appendix D.2). Both ends are in it (one
-    step: T - 1 alone), so that the first is pure noise as in training.
-    """
-    if not 1 <= steps <= timesteps:
-        raise UsageError(f"steps: {steps} is not possible; ddim takes 1 and more, at most model.timesteps, {timesteps}")
-    if steps == 1:
-        return [timesteps - 1]
-    power = {"uniform": 1, "quadratic": 2}[spacing]
-    # max: where squares lie less than 1 apart, every timestep is taken
-    return [max(i, round((timesteps - 1) * i ** power / (steps - 1) ** power)) for i in reversed(range(steps))]
-
-
-def ddim_step(x0, eps, level, level_next, eta=0.0, noise=None):
-    """Eq. 12: from what the network sees in x_t to x at the next noise level.
-
-    level, level_next: (sqrt(abar), sqrt(1 - abar)) here and there; the image itself is (1, 0).
-    eta: share of eq. 16's noise, 0 to 1; at 1 between neighbours its variance is beta-tilde (Ho et al. eq. 7).
-    """
-    (a, s), (a_next, s_next) = level, level_next
-    # eq. 16's sigma^2 is s_next^2 times this; written so that no two nearly equal numbers are subtracted
-    fresh = eta ** 2 * (1 - (s_next / a_next * a / s) ** 2)
-    x = a_next * x0 + s_next * (1 - fresh) ** 0.5 * eps  # "predicted x_0", "direction pointing to x_t"
-    return x if noise is None else x + s_next * fresh ** 0.5 * noise  # "random noise"

@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 import zipfile
-from itertools import zip_longest
 
 import torch
 
@@ -93,6 +92,8 @@ def load_checkpoint(path):
     """
     if not os.path.isfile(path):
         raise UsageError(f"checkpoint: no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise UsageError(f"checkpoint {path} is damaged or no checkpoint of train.py (those end in .pth.tar)")
     try:
         with zipfile.ZipFile(path) as z:
             if z.testzip():
@@ -108,11 +109,24 @@ def load_checkpoint(path):
     return state
 
 
+def find_run(path):
+    """A checkpoint or run folder: as given, or by its name or logs/NAME in the project's logs. The path as it exists."""
+    if os.path.exists(path):
+        return path
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    name = os.path.normpath(path)
+    for candidate in (os.path.join(root, name), os.path.join(root, "logs", name)):
+        if not os.path.isabs(name) and os.path.exists(candidate):
+            return candidate
+    return path
+
+
 def find_checkpoint(path):
     """(path, state) to resume from: a file, or the newest whole checkpoint of a run folder.
 
-    A damaged one in a folder is named on the terminal and the one before it is taken.
+    A damaged one in a folder is reported and the one before it is taken.
     """
+    path = find_run(path)
     if not os.path.isdir(path):
         state = load_checkpoint(path)
         if "optimizer" not in state:
@@ -128,6 +142,7 @@ def find_checkpoint(path):
 
 def model_file(path):
     """The checkpoint to draw images from: the file itself, or of a run folder the final one, else the newest."""
+    path = find_run(path)
     if not os.path.isdir(path):
         return path
     found, final = list_checkpoints(path), os.path.join(path, FINAL)
@@ -137,39 +152,3 @@ def model_file(path):
     if not found:
         raise UsageError(f"checkpoint: neither {FINAL} nor epoch_*.pth.tar in {path}")
     return found[0]
-
-
-def check_resumable(config, state, path):
-    """Refuse to go on with another model or other batches; name the training settings that change."""
-    old = state["config"]
-    family = {"DDIM": "DDPM"}  # the same model, sampled otherwise
-    same = {"model_name": tuple(family.get(c["model_name"], c["model_name"]) for c in (old, config))}
-    same |= {f"model.{k}": (old["model"].get(k, v), v) for k, v in config["model"].items()
-             if not k.startswith("vae_") and k != "num_classes"}  # the data settle num_classes
-    for key, (there, here) in same.items():
-        if there != here:
-            raise UsageError(f"--resume: {path} is of another architecture: "
-                             f"{key} is {there} there and {here} in the config")
-    same = {f"{a}.{b}": (old[a].get(b), config[a][b]) for a, b in (
-        ("dataset", "name"), ("dataset", "img_size"), ("dataset", "limit"), ("loader", "batch_size"))}
-    same["train_cfg.optimizer"] = old["train_cfg"].get("optimizer", "adamw"), config["train_cfg"]["optimizer"]
-    if config["model"]["use_vae"]:  # before there was a cache, every update encoded anew
-        same["dataset.latent_crops"] = tuple(c["dataset"].get("latent_crops") or 0 for c in (old, config))
-    same["seed"] = old["seed"], config["seed"]
-    for key, (there, here) in same.items():
-        if there != here:
-            raise UsageError(f"--resume: {path} is of another run: {key} is {there} there and {here} in the config")
-    for key, value in config["train_cfg"].items():
-        if old["train_cfg"].get(key, value) != value:
-            print(f"train_cfg.{key}: {old['train_cfg'][key]} until now, {value} from here on")
-
-
-def check_data(state, path, updates, folder, classes=()):
-    """Refuse to go on with other data, of so many updates an epoch and these classes, than the checkpoint's."""
-    there = state.get("updates_per_epoch", updates)
-    if there != updates:
-        raise UsageError(f"--resume: {path} has {there} updates an epoch, the data in {folder} give {updates}")
-    for k, (there, here) in enumerate(zip_longest(state.get("classes", classes), classes)):
-        if there != here:
-            raise UsageError(f"--resume: {path} is of other classes: number {k} is {there} there "
-                             f"and {here} in {folder}")

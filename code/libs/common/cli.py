@@ -9,9 +9,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from ..training.distributed import lost_peer
+from ..config import RULES
 from .errors import RunError, UsageError, first_line
-from ..samplers import SPACINGS
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,44 +31,49 @@ def positive(text):
     return value
 
 
-# of libs.sampling_options; the flags of add_sampler_flags
-SETTINGS = ("sampler", "steps", "guidance_scale", "guidance_interval", "clip", "eta", "spacing", "S_churn")
+# the settings of sample_cfg that have a flag, with their help
+SAMPLER_FLAGS = {
+    "sampler": RULES["sample_cfg.sampler"][0].removeprefix("null or ") + "; ddpm and ddim draw from a DDPM only",
+    "steps": "number of steps (default: ddim and euler 50, heun 18, dpmpp_2m 20; ddpm takes every timestep)",
+    "guidance_scale": "classifier-free guidance, 1 is none; needs a model trained with model.label_dropout",
+    "guidance_interval": "guide only at noise levels LO < sigma <= HI",
+    "clip": "keep predicted pixels in [-1, 1]",
+    "eta": "fresh noise in each step, 0 to 1: ddim, euler_ancestral, dpmpp_2m",
+    "spacing": "ddim's timesteps, uniform or quadratic",
+    "S_churn": "fresh noise on the whole way: heun",
+}
 
 
 def add_sampler_flags(parser):
-    """The flags that say how images are drawn; `sampler_settings` reads them."""
-    way = parser.add_argument_group("the sampler; what is not given is the config's, see sample_cfg in libs/config.py")
-    way.add_argument("--sampler", default=None)
-    way.add_argument("--steps", type=positive, default=None)
-    way.add_argument("--guidance-scale", type=float, default=None)
-    way.add_argument("--guidance-interval", type=interval, default=None, metavar="LO,HI",
-                     help="guide only at noise levels LO < sigma <= HI")
-    way.add_argument("--clip", action=argparse.BooleanOptionalAction, default=None,
-                     help="keep predicted pixels in [-1, 1]")
-    way.add_argument("--eta", type=float, default=None, help="new noise in each step, 0 to 1: ddim, dpmpp_2m, euler_ancestral")
-    way.add_argument("--spacing", choices=SPACINGS, default=None, help="of ddim's timesteps")
-    way.add_argument("--S-churn", type=float, default=None, help="new noise on the whole way: heun")
+    """The flags that say how images are drawn; `sampler_flags` reads them, models.sampling_settings checks them."""
+    group = parser.add_argument_group("sampling; what is not given is the config's, see sample_cfg in libs/config.py")
+    types = {"steps": {"type": positive}, "guidance_interval": {"type": interval, "metavar": "LO,HI"},
+             "clip": {"action": argparse.BooleanOptionalAction}, "sampler": {"metavar": "NAME"}}
+    types |= {key: {"type": float, "metavar": "X"} for key in ("guidance_scale", "eta", "S_churn")}
+    for key, text in SAMPLER_FLAGS.items():
+        group.add_argument("--" + key.replace("_", "-"), default=None, help=text, **types.get(key, {}))
 
 
-def sampler_settings(args):
-    """What of SETTINGS was given on the command line, None for the rest."""
-    return {key: getattr(args, key) for key in SETTINGS}
+def sampler_flags(args):
+    """The settings of sample_cfg on the command line, None for those not given."""
+    return {key: getattr(args, key) for key in SAMPLER_FLAGS}
 
 
 def add_training_flags(parser):
-    """The flags of the scripts that train: what, where to, how often to say and to save."""
-    parser.add_argument("config", help="YAML file, for example ./configs/mnist.yaml")
-    parser.add_argument("-p", "--print-freq", type=positive, default=100, metavar="N",
+    """The flags of the scripts that train."""
+    parser.add_argument("config", nargs="?", help="YAML file, for example configs/mnist.yaml; with --resume the "
+                        "run's own settings are the default")
+    parser.add_argument("-p", "--print-freq", type=positive, default=None, metavar="N",
                         help="updates between two lines of the log (default 100)")
-    parser.add_argument("-c", "--ckpt-freq", type=positive, default=5, metavar="N",
-                        help="epochs between two checkpoints, each with pictures (default 5)")
+    parser.add_argument("-c", "--ckpt-freq", type=positive, default=None, metavar="N",
+                        help="epochs between two checkpoints, each with a sample grid (default 5)")
     parser.add_argument("--output", default="", metavar="NAME",
-                        help="name of the run folder, <config>_NAME; the starting time if not given")
-    parser.add_argument("--resume", default="", metavar="PATH",
+                        help="name of the run folder, <config>_NAME (default: the starting time)")
+    parser.add_argument("--resume", default="", metavar="RUN",
                         help="go on from a checkpoint, or from the newest one of a run folder")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="change a setting of the config, for example --set train_cfg.epochs=5")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done; write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done; write nothing")
 
 
 def interval(text):
@@ -122,7 +126,7 @@ def run(main):
         print(f"{os.path.basename(sys.argv[0])}: error: {first_line(e, 1000)}", file=sys.stderr)
         status = 1
     except RuntimeError as e:
-        if not lost_peer(e):
+        if not _lost_peer(e):
             raise
         print(f"{os.path.basename(sys.argv[0])}: error: another process of this run has ended ({first_line(e)}); resume "
               "from the last checkpoint", file=sys.stderr)
@@ -130,3 +134,9 @@ def run(main):
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     sys.exit(status)
+
+
+def _lost_peer(error):
+    """Whether an exception means that another process of the run is gone."""
+    return torch.distributed.is_initialized() and any(
+        word in str(error).lower() for word in ("gloo", "nccl", "connection"))

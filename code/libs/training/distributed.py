@@ -99,8 +99,3 @@ class World:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-
-def lost_peer(error):
-    """Whether an exception means that another process of the run is gone."""
-    return dist.is_initialized() and isinstance(error, RuntimeError) and any(
-        word in str(error).lower() for word in ("gloo", "nccl", "connection"))
