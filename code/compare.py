@@ -1,0 +1,275 @@
+"""Compare samplers of one model, or training runs of several kinds, in tables that grow.
+
+python code/compare.py samplers pretrained/mnist_cpu.pth.tar heun:9 "dpmpp_2m:14 guidance_scale=2" --seeds 3
+python code/compare.py runs ddpm_0 ddpm_1 edm_0 edm_1 --sampler DDPM=ddim:20 --sampler "EDM=heun:10 S_churn=5"
+
+samplers: network calls, seconds and image quality of each SETTING; mean and standard deviation over the seeds.
+runs: mean and standard deviation over the runs of each kind, which is their model_name, of the error of denoising
+held-out and training images, by noise level, and for each --sampler of the distance of samples to held-out images.
+
+A SETTING is SAMPLER[:STEPS], then KEY=VALUE of sample_cfg. What it leaves out is the config's; `config` is all of it.
+What --output holds already is not measured again: an interrupted comparison goes on, another call adds its rows."""
+
+import json
+from hashlib import sha256
+
+import torch
+
+import libs
+from libs.common.checkpoint import load_checkpoint, model_file
+from libs.common.cli import Parser, positive, progress_bar, run
+from libs.common.errors import UsageError, display_path
+from libs.evaluation.classifier import file_hash
+from libs.evaluation.comparison import Results, draw_samples, grouped, markdown_table, mean, means, parse_setting
+from libs.evaluation.report import RealImages, against, denoising_error, evaluate, labels_like, scalars
+from libs.models import model_from
+from libs.training.update import memory_format, pick_device
+
+SIGMAS = [0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0]  # where latents have a deviation of about 1
+# title -> (key of a row, function that prints its numbers)
+BOTH = {"precision": ("precision", "{:.3f}".format), "recall": ("recall", "{:.3f}".format),
+        "seconds for 1,000 images": ("seconds_per_1000", "{:.1f}".format)}
+SAMPLER_COLUMNS = {"label accuracy": ("label_accuracy", lambda x: f"{100 * x:.2f} %"),
+                   "FD": ("fd_train", "{:.3f}".format), "floors": ("floors", "{:.1f}".format), **BOTH}
+RUN_COLUMNS = {"FD to held-out images": ("fd_test", "{:.4g}".format),
+               "FD to training images": ("fd_train", "{:.4g}".format), **BOTH}
+# settings in which runs of one kind may differ and still be repetitions of each other, maybe on other machines
+FREE = {"seed", "devices", "dtype", "output_folder", "sample_cfg", "eval", "dataset.data_folder", "loader.num_workers",
+        "train_cfg.compile", "train_cfg.cuda_graphs", "train_cfg.keep_last", "train_cfg.num_eval_samples",
+        "model.vae_encoder_weights", "model.vae_decoder_weights"}
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=lambda prog, **_: Parser(__doc__))
+
+    samplers = commands.add_parser("samplers")
+    samplers.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of train.py, or a run folder")
+    samplers.add_argument("settings", nargs="+", metavar="SETTING", help="of a sampler, see above")
+    samplers.add_argument("--seeds", type=positive, default=1, metavar="N", help="draw with the seeds 0 to N - 1")
+
+    runs = commands.add_parser("runs")
+    runs.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or checkpoints of train.py")
+    runs.add_argument("--sampler", action="append", default=[], metavar="KIND=SETTING",
+                      help="draw from the runs of this kind with this setting")
+    runs.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
+
+    for name, command in commands.choices.items():
+        command.add_argument("--num", type=positive, default=2000, help="images of each row (default 2000)")
+        command.add_argument("--output", default=f"{name}.json", metavar="FILE.json",
+                             help=f"results; the tables go into FILE.md (default {name}.json)")
+        command.add_argument("--batch-size", type=positive, default=200, help="images drawn at once (default 200)")
+        command.add_argument("--device", default="cuda:0", help="default cuda:0; the CPU where there is none")
+    return parser.parse_args(argv)
+
+
+class TrainedRun:
+    """A run's averaged model, its config and classes (None: not known)."""
+
+    def __init__(self, path):
+        self.path = model_file(path)
+        state = load_checkpoint(self.path)
+        self.model, self.config = model_from(state, self.path)
+        self.hash, self.classes, self.updates = file_hash(self.path), state.get("classes"), state["step"]
+
+    def settings(self, texts):
+        """The complete settings of a sampler that each text means for this model, without repetitions."""
+        complete = []
+        for text in texts:
+            options = libs.sampling_options(self.config, **parse_setting(text))
+            plan = self.model.plan(**options)
+            setting = {**options, "sampler": plan.sampler, "steps": plan.steps}
+            if setting not in complete:
+                complete.append(setting)
+        return complete
+
+    def real_images(self, device):
+        """The images of its data set. Raises UsageError where their classes are not the run's."""
+        print("features of the real images, where no cache has them", flush=True)
+        real = RealImages(self.config, device)
+        if list(self.classes or real.train.classes) != list(real.train.classes):
+            raise UsageError(f"{display_path(self.path)}: its classes are not those of the data set")
+        return real
+
+
+# ---- samplers
+
+def compare_samplers(args):
+    # 1. the model, its settings, the real images
+    trained = TrainedRun(args.checkpoint)
+    model, settings = trained.model, trained.settings(args.settings)
+    results = Results(args.output, ["rows"], sampler_tables)
+    device = pick_device([args.device])
+    real = trained.real_images(device)
+    results.require(num=args.num, data=real.train.digest()[:12], extractor_hash=real.extractor.hash, device=str(device))
+
+    # 2. what is left to draw
+    todo = [(seed, setting) for seed in range(args.seeds) for setting in settings
+            if not results.has("rows", hash=trained.hash, way=setting, seed=seed)]
+    calls = sum(model.network_calls(**setting) for _, setting in todo) * args.num
+    print(f"{len(todo)} sets of {args.num:,} images, {calls:,} network calls in all, on {device}, into {args.output}",
+          flush=True)
+    model.to(device, memory_format=memory_format(device))
+    labels = labels_like(real.test.labels, model.num_classes, args.num)
+
+    # 3. a row for each
+    with progress_bar(calls, "call", unit_scale=True, smoothing=0) as bar:
+        for seed, setting in todo:
+            cost = model.network_calls(**setting)
+            samples, seconds = draw_samples(model, setting, labels, seed, args.batch_size, device,
+                                            lambda n: bar.update(n * cost))
+            report = evaluate(samples, real, memorization=False)
+            numbers, floor = scalars(report), report["floor"]["fd_train"]
+            row = {"model": display_path(args.checkpoint), "hash": trained.hash, "way": setting, "seed": seed,
+                   "network_calls": cost, "floors": numbers["fd_train"] / floor, **numbers, "seconds_per_1000": seconds}
+            results.add("rows", row, metric=report["metric"], n=report["n"], floor=floor, torch=torch.__version__)
+    print(results.text())
+
+
+def sampler_tables(content):
+    """Lines of Markdown: a row for each model and setting."""
+    yield (f"{content['num']:,} images of each way and seed; {content['metric']} to {content['n']:,} training images, "
+           f"floor (test images) {content['floor']:.3f}; {content['device']}, PyTorch {content['torch']}")
+    yield ""
+    names = {row["hash"]: row["model"] for row in reversed(content["rows"])}  # a file's first name
+    lines = []
+    for group in grouped(content["rows"], "hash", "way"):
+        digest, way = group[0]["hash"], dict(group[0]["way"])
+        name = names[digest]
+        if list(names.values()).count(name) > 1:  # trained further, or another file of the same name
+            name += f" ({digest})"
+        sampler, steps = way.pop("sampler"), way.pop("steps")
+        others = ", ".join(f"{key} {value}" for key, value in way.items()) or "-"
+        lines.append([name, sampler, steps, others, group[0]["network_calls"], len(group),
+                      *means(group, SAMPLER_COLUMNS)])
+    yield from markdown_table(["model", "sampler", "steps", "other settings", "network calls", "seeds",
+                               *SAMPLER_COLUMNS], lines)
+
+
+# ---- runs
+
+def compare_runs(args):
+    # 1. the runs, the settings of their samplers, the real images
+    results = Results(args.output, ["errors", "rows"], run_tables)
+    runs = [TrainedRun(path) for path in args.runs]
+    check_comparable(runs)
+    texts = settings_by_kind(args.sampler, {trained.config["model_name"] for trained in runs})
+    jobs = [(trained, trained.settings(texts[trained.config["model_name"]])) for trained in runs]
+    device = pick_device([args.device])
+    real = runs[0].real_images(device)
+    results.require(num=args.num, seed=args.seed, data=real.train.digest()[:12], extractor_hash=real.extractor.hash,
+                    sigmas=SIGMAS, device=str(device))
+    facts = {"metric": real.extractor.metric, "floor": real.floor(args.num), "torch": torch.__version__}
+    latents = real_latents(runs[0].model.to(device), real, device)
+    labels = labels_like(real.test.labels, len(real.train.classes), args.num)
+
+    # 2. errors and samples of each run, those that the file does not have
+    for trained, settings in jobs:
+        model = trained.model.to(device, memory_format=memory_format(device))
+        row = description(trained, len(real.train))
+        for known in results.content["errors"]:
+            if known["hash"] == trained.hash:  # as it was described then, so that its rows stay together
+                row = {key: known[key] for key in row}
+        if not results.has("errors", hash=trained.hash):
+            errors = {split: denoising_error(model, *latents[split], SIGMAS) for split in latents}
+            results.add("errors", {**row, **errors}, **facts)
+        for setting in settings:
+            if not results.has("rows", hash=trained.hash, way=setting):
+                calls = model.network_calls(**setting)
+                with progress_bar(args.num, "image", f"{setting['sampler']}, {calls} calls") as bar:
+                    samples, seconds = draw_samples(model, setting, labels, args.seed, args.batch_size, device, bar.update)
+                results.add("rows", {**row, "way": setting, "network_calls": calls, **against(samples, real),
+                                     "seconds_per_1000": seconds}, **facts)
+        model.to("cpu")
+    print(results.text())
+
+
+def check_comparable(runs):
+    """Raise UsageError unless the runs can stand in one table."""
+    def common(trained):
+        yield from ((f"dataset.{key}", value) for key, value in trained.config["dataset"].items())
+        yield "classes", trained.classes
+        yield "autoencoder", trained.model.vae.hashes() if trained.model.use_vae else None
+
+    for trained in runs[1:]:
+        for (key, value), (_, first) in zip(common(trained), common(runs[0])):
+            if value != first:
+                raise UsageError(f"{trained.path}: its {key} is {value}, that of {runs[0].path} {first}")
+
+
+def settings_by_kind(texts, kinds):
+    """["EDM=heun:10 S_churn=5", ...] -> {"EDM": ["heun:10 S_churn=5", ...], ...}, a list for each of the kinds."""
+    settings = {kind: [] for kind in kinds}
+    for text in texts:
+        kind, _, setting = text.partition("=")
+        if kind not in kinds:
+            raise UsageError(f"--sampler: {text!r} must begin with the kind of one of the runs, "
+                             f"{' or '.join(sorted(kinds))}, as in EDM=heun:10")
+        settings[kind].append(setting)
+    return settings
+
+
+def description(trained, images):
+    """What a row says of its run. images: how many the training set has."""
+    config, fixed = trained.config, {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            value = {sub: x for sub, x in value.items() if f"{key}.{sub}" not in FREE}
+        if key not in FREE:
+            fixed[key] = value
+    return {"run": display_path(trained.path), "hash": trained.hash, "kind": config["model_name"],
+            "seed": config["seed"], "settings": sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:6],
+            "parameters": sum(p.numel() for p in trained.model.model.parameters()),
+            "images_seen": trained.updates * min(config["loader"]["batch_size"], images)}
+
+
+def real_latents(model, real, device):
+    """split -> (images in the model's space, labels): the test images, and at most as many of the training images."""
+    low, high, latents = 0 if model.use_vae else -1, 1, {}
+    for split, images in (("test", real.test), ("train", real.train)):
+        chosen = images.take(torch.linspace(0, len(images) - 1, min(len(images), len(real.test))).long())
+        encoded = [model.encode(x.to(device).float() * ((high - low) / 255) + low) for x in chosen.batches(50)]
+        latents[split] = torch.cat(encoded), chosen.labels.to(device)
+    return latents
+
+
+def run_tables(content):
+    """Lines of Markdown: how good samples are, then the error of denoising at each noise level."""
+    kind = ("kind", "settings", "parameters", "images_seen")
+    if content["rows"]:
+        yield (f"{content['metric']} of {content['num']:,} samples to all held-out and all training images; "
+               f"{content['num']:,} training images to the held-out ones: {content['floor']:.4g}. Mean (± standard "
+               f"deviation) over the runs of a kind; {content['device']}, PyTorch {content['torch']}")
+        yield ""
+        lines = []
+        for group in grouped(content["rows"], *kind, "way"):
+            first = group[0]
+            way = ", ".join(str(v) if k in ("sampler", "steps") else f"{k} {v}" for k, v in first["way"].items())
+            lines.append([kind_name(first, content), f"{first['parameters']:,}", f"{first['images_seen']:,}", len(group),
+                          way, first["network_calls"], *means(group, RUN_COLUMNS)])
+        yield from markdown_table(["kind", "parameters", "images seen", "runs", "sampler", "network calls",
+                                   *RUN_COLUMNS], lines)
+        yield ""
+    yield "Mean squared error of denoised latents (or pixels), by noise level sigma, mean (± deviation) over the runs:"
+    yield ""
+    columns = {f"{kind_name(group[0], content)}, {group[0]['images_seen']:,} images seen, {title}": (group, split)
+               for group in grouped(content["errors"], *kind)
+               for split, title in (("test", "held out"), ("train", "training"))}
+    yield from markdown_table(["sigma", *columns], (
+        [f"{sigma:g}", *(mean([row[split][k] for row in group], "{:.4f}".format) for group, split in columns.values())]
+        for k, sigma in enumerate(content["sigmas"])))
+
+
+def kind_name(row, content):
+    """A row's kind, with the hash of its settings where runs of other settings have the same kind."""
+    hashes = {other["settings"] for other in content["errors"] if other["kind"] == row["kind"]}
+    return row["kind"] + (f" ({row['settings']})" if len(hashes) > 1 else "")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    (compare_samplers if args.command == "samplers" else compare_runs)(args)
+
+
+if __name__ == "__main__":
+    run(main)

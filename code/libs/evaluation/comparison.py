@@ -1,0 +1,133 @@
+"""What both commands of compare.py share: samplers' settings, a file of results that grows, tables of means."""
+
+import json
+import os
+import statistics
+import time
+
+import torch
+import yaml
+
+from ..common.cli import check_output
+from ..common.errors import UsageError
+from ..common.files import atomic_file
+from ..config import DEFAULTS, check_value
+from ..data.images import ImageSet, to_uint8
+from ..drawing import draw_images
+
+
+def parse_setting(text):
+    """ "heun:9 guidance_scale=2" -> {"sampler": "heun", "steps": 9, "guidance_scale": 2.0}; "config" -> {}.
+
+    Raises UsageError for a key that is not of sample_cfg, or a value that it does not take.
+    """
+    name, *pairs = text.split() or [""]
+    if name != "config":
+        sampler, colon, steps = name.partition(":")
+        pairs = [f"sampler={sampler}"] + [f"steps={steps}"] * bool(colon) + pairs
+    setting = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or key not in DEFAULTS["sample_cfg"]:
+            raise UsageError(f"{text!r}: {pair!r} is not one of {', '.join(DEFAULTS['sample_cfg'])} with a value, "
+                             "as in guidance_scale=2")
+        try:
+            value = yaml.safe_load(f"[{value}]" if key == "guidance_interval" else value)
+            setting[key] = check_value(f"sample_cfg.{key}", value)
+        except (yaml.YAMLError, UsageError) as e:
+            raise UsageError(f"{text!r}: " + " ".join(str(e).removeprefix("config: ").split())) from None
+    return setting
+
+
+def draw_samples(model, settings, labels, seed, batch_size, device, progress):
+    """Draw one image per label: (ImageSet, seconds per 1,000 images). progress(n) is called after each n images."""
+    pixels, started = [], time.time()
+    for batch in draw_images(model, labels, settings, seed, batch_size, device):
+        pixels.append(to_uint8(batch))
+        progress(len(batch))
+    return ImageSet(torch.cat(pixels), labels), 1000 * (time.time() - started) / len(labels)
+
+
+class Results:
+    """Rows of measurements in a JSON file, to which every call adds, and tables of them in a Markdown file beside it.
+
+    Args:
+        path: FILE.json; the tables go into FILE.md.
+        lists: names of the lists of rows in the file.
+        tables: function of the file's content, a dict, that gives the Markdown's lines.
+
+    Raises UsageError for a file of something else, or one that cannot be written.
+    """
+
+    def __init__(self, path, lists, tables):
+        if not path.endswith(".json"):
+            raise UsageError(f"--output: {path} must end in .json")
+        self.path, self.markdown, self.tables = path, path.removesuffix("json") + "md", tables
+        self.content = {name: [] for name in lists}
+        if os.path.exists(path):
+            self.content = self._read(lists)
+        else:
+            check_output(path)
+            check_output(self.markdown)
+
+    def _read(self, lists):
+        try:
+            with open(self.path, encoding="utf-8") as f:
+                content = json.load(f)
+            if [key for key in ("errors", "rows") if key in content] == lists:
+                return content
+        except (ValueError, TypeError):
+            pass
+        raise UsageError(f"--output: {self.path} is not a file of this command of compare.py")
+
+    def require(self, **conditions):
+        """Record what all rows have in common. Raises UsageError where earlier rows were measured otherwise."""
+        for key, value in conditions.items():
+            if self.content.get(key, value) != value:
+                raise UsageError(f"--output: {self.path} has {key} {self.content[key]}, not {value}; give another name")
+        self.content |= conditions
+
+    def has(self, name, **values):
+        """Whether the list `name` has a row with these values."""
+        return any(all(row[key] == value for key, value in values.items()) for row in self.content[name])
+
+    def add(self, name, row, **facts):
+        """Append a row to the list `name`, record facts that hold for all rows, and write both files."""
+        self.content |= facts
+        self.content[name].append(row)
+        for path, text in ((self.path, json.dumps(self.content, indent=1)), (self.markdown, self.text() + "\n")):
+            with atomic_file(path) as f:
+                f.write(text.encode())
+
+    def text(self):
+        return "\n".join(self.tables(self.content))
+
+
+# ---- tables
+
+def grouped(rows, *keys):
+    """Lists of the rows that agree in all `keys`, in the order in which each list's first row appears."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(json.dumps([row[key] for key in keys], sort_keys=True), []).append(row)
+    return list(groups.values())
+
+
+def mean(values, form):
+    """ "mean (± standard deviation)" of numbers, each printed by the function `form`; "-" for none."""
+    if not values:
+        return "-"
+    return form(statistics.mean(values)) + (f" (± {form(statistics.stdev(values))})" if len(values) > 1 else "")
+
+
+def means(rows, columns):
+    """A cell for each column; columns: title -> (key of the rows, function that prints a number)."""
+    return [mean([row[key] for row in rows if key in row], form) for key, form in columns.values()]
+
+
+def markdown_table(titles, lines):
+    """Lines of Markdown; lines: an iterable of lists of cells."""
+    yield "| " + " | ".join(titles) + " |"
+    yield "|" + "---|" * len(titles)
+    for cells in lines:
+        yield "| " + " | ".join(map(str, cells)) + " |"
