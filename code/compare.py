@@ -15,15 +15,14 @@ from hashlib import sha256
 
 import torch
 
-import libs
 from libs.common.checkpoint import load_checkpoint, model_file
 from libs.common.cli import Parser, positive, progress_bar, run
 from libs.common.errors import UsageError, display_path
 from libs.evaluation.classifier import file_hash
 from libs.evaluation.comparison import Results, draw_samples, grouped, markdown_table, mean, means, parse_setting
-from libs.evaluation.report import RealImages, against, denoising_error, evaluate, labels_like, scalars
-from libs.models import model_from
-from libs.training.update import memory_format, pick_device
+from libs.evaluation.report import RealImages, denoising_error, distances_to_all, evaluate, labels_like, scalars
+from libs.models import model_from, network_calls, sampling_settings
+from libs.training.device import memory_format, pick_device
 
 SIGMAS = [0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0]  # where latents have a deviation of about 1
 # title -> (key of a row, function that prints its numbers)
@@ -74,14 +73,8 @@ class TrainedRun:
 
     def settings(self, texts):
         """The complete settings of a sampler that each text means for this model, without repetitions."""
-        complete = []
-        for text in texts:
-            options = libs.sampling_options(self.config, **parse_setting(text))
-            plan = self.model.plan(**options)
-            setting = {**options, "sampler": plan.sampler, "steps": plan.steps}
-            if setting not in complete:
-                complete.append(setting)
-        return complete
+        complete = [sampling_settings(self.model, self.config, **parse_setting(text)) for text in texts]
+        return [setting for k, setting in enumerate(complete) if setting not in complete[:k]]
 
     def real_images(self, device):
         """The images of its data set. Raises UsageError where their classes are not the run's."""
@@ -106,7 +99,7 @@ def compare_samplers(args):
     # 2. what is left to draw
     todo = [(seed, setting) for seed in range(args.seeds) for setting in settings
             if not results.has("rows", hash=trained.hash, way=setting, seed=seed)]
-    calls = sum(model.network_calls(**setting) for _, setting in todo) * args.num
+    calls = sum(network_calls(model, setting) for _, setting in todo) * args.num
     print(f"{len(todo)} sets of {args.num:,} images, {calls:,} network calls in all, on {device}, into {args.output}",
           flush=True)
     model.to(device, memory_format=memory_format(device))
@@ -115,7 +108,7 @@ def compare_samplers(args):
     # 3. a row for each
     with progress_bar(calls, "call", unit_scale=True, smoothing=0) as bar:
         for seed, setting in todo:
-            cost = model.network_calls(**setting)
+            cost = network_calls(model, setting)
             samples, seconds = draw_samples(model, setting, labels, seed, args.batch_size, device,
                                             lambda n: bar.update(n * cost))
             report = evaluate(samples, real, memorization=False)
@@ -175,10 +168,11 @@ def compare_runs(args):
             results.add("errors", {**row, **errors}, **facts)
         for setting in settings:
             if not results.has("rows", hash=trained.hash, way=setting):
-                calls = model.network_calls(**setting)
+                calls = network_calls(model, setting)
                 with progress_bar(args.num, "image", f"{setting['sampler']}, {calls} calls") as bar:
-                    samples, seconds = draw_samples(model, setting, labels, args.seed, args.batch_size, device, bar.update)
-                results.add("rows", {**row, "way": setting, "network_calls": calls, **against(samples, real),
+                    samples, seconds = draw_samples(model, setting, labels, args.seed, args.batch_size, device,
+                                                    bar.update)
+                results.add("rows", {**row, "way": setting, "network_calls": calls, **distances_to_all(samples, real),
                                      "seconds_per_1000": seconds}, **facts)
         model.to("cpu")
     print(results.text())
@@ -245,8 +239,8 @@ def run_tables(content):
         for group in grouped(content["rows"], *kind, "way"):
             first = group[0]
             way = ", ".join(str(v) if k in ("sampler", "steps") else f"{k} {v}" for k, v in first["way"].items())
-            lines.append([kind_name(first, content), f"{first['parameters']:,}", f"{first['images_seen']:,}", len(group),
-                          way, first["network_calls"], *means(group, RUN_COLUMNS)])
+            lines.append([kind_name(first, content), f"{first['parameters']:,}", f"{first['images_seen']:,}",
+                          len(group), way, first["network_calls"], *means(group, RUN_COLUMNS)])
         yield from markdown_table(["kind", "parameters", "images seen", "runs", "sampler", "network calls",
                                    *RUN_COLUMNS], lines)
         yield ""

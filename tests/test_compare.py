@@ -9,16 +9,14 @@ import pytest
 import torch
 
 import compare
-import libs
 from helpers import Place, one_line
 from libs.common.errors import UsageError
 from libs.config import CODE
 from libs.data.images import ImageSet, to_uint8
-from libs.drawing import draw_images
 from libs.evaluation.comparison import Results, parse_setting
-from libs.evaluation.fid import FeatureStatistics, frechet_distance
+from libs.evaluation.fid import fit_gaussian, frechet_distance
 from libs.evaluation.report import RealImages, denoising_error, evaluate, labels_like
-from libs.models import load_model
+from libs.models import draw_images, load_model, sampling_settings
 
 ROOT = Path(CODE).parent
 
@@ -65,7 +63,8 @@ def test_samplers(models, call):
     network, config = load_model(str(model))
     real = RealImages(config, "cpu")
     labels = labels_like(real.test.labels, 2, 8)
-    images = next(draw_images(network, labels, {"sampler": "ddim", "steps": 4, "eta": 1}, seed=1))
+    settings = sampling_settings(network, config, sampler="ddim", steps=4, eta=1)
+    images = next(draw_images(network, labels, settings, seed=1))
     report = evaluate(ImageSet(to_uint8(images), labels), real, memorization=False)
     fd, floor = report["generated"]["fd_train"], report["floor"]["fd_train"]
     assert saved["rows"][-1]["fd_train"] == pytest.approx(fd, rel=1e-6)
@@ -99,10 +98,12 @@ def test_runs(models, call):
     model, config = load_model(str(models.runs[1]))
     real = RealImages(config, "cpu")
     labels = labels_like(real.test.labels, 2, 20)
-    images = to_uint8(next(draw_images(model, labels, {"sampler": "ddim", "steps": 4}, seed=3)))
-    drawn = FeatureStatistics(real.extractor.dim).update(real.extractor(images))
+    settings = sampling_settings(model, config, sampler="ddim", steps=4)
+    images = to_uint8(next(draw_images(model, labels, settings, seed=3)))
+    drawn = fit_gaussian(real.extractor(images))
     for split in ("train", "test"):
-        assert saved["rows"][1][f"fd_{split}"] == pytest.approx(frechet_distance(drawn, real.statistics[split]), rel=1e-3)
+        fd = frechet_distance(drawn, real.gaussians[split])
+        assert saved["rows"][1][f"fd_{split}"] == pytest.approx(fd, rel=1e-3)
     assert saved["floor"] == pytest.approx(real.floor(20), rel=1e-6)
     for split, images in (("test", real.test), ("train", real.train)):
         errors = denoising_error(model, model.encode(images.take().images / 255), images.labels, saved["sigmas"])
@@ -155,7 +156,8 @@ def test_shipped_rows_would_not_be_drawn_again():
     path = ROOT / "pretrained/mnist_cpu.pth.tar"
     results = Results(str(ROOT / "results/mnist_cpu/samplers.json"), ["rows"], compare.sampler_tables)
     trained = compare.TrainedRun(str(path))
-    for setting in trained.settings(["config", "dpmpp_2m:8 eta=0", "dpmpp_2m:10 eta=0.5 guidance_interval=0,8", "heun:9"]):
+    texts = ["config", "dpmpp_2m:8 eta=0", "dpmpp_2m:10 eta=0.5 guidance_interval=0,8", "heun:9"]
+    for setting in trained.settings(texts):
         assert results.has("rows", hash=trained.hash, way=setting, seed=2)
 
 
@@ -163,8 +165,8 @@ def test_shipped_rows_would_not_be_drawn_again():
 
 @pytest.mark.parametrize("text, setting", [
     ("config", {}), ("ddim", {"sampler": "ddim"}),
-    ("heun:3 S_churn=1e1 clip=true", {"sampler": "heun", "steps": 3, "S_churn": 10.0, "clip": True}),
-    ("config guidance_interval=0,8", {"guidance_interval": [0.0, 8.0]}),
+    ("heun:3 S_churn=1e1 clip=true", {"sampler": "heun", "steps": 3, "S_churn": "1e1", "clip": True}),
+    ("config guidance_interval=0,8", {"guidance_interval": [0, 8]}),
 ])
 def test_settings(text, setting):
     assert parse_setting(text) == setting
@@ -172,7 +174,7 @@ def test_settings(text, setting):
 
 @pytest.mark.parametrize("arguments, message", [
     (["samplers", 0, "heunn:9"], "did you mean heun"),
-    (["samplers", 0, "heun:many"], "'heun:many': sample_cfg.steps is 'many'; it must be"),
+    (["samplers", 0, "heun:many"], "sample_cfg.steps is 'many'; it must be"),
     (["samplers", 0, "heun:9 guidance=2"], "'guidance=2' is not one of sampler, steps, guidance_scale"),
     (["samplers", 0, "heun:9 guidance_interval=3"], "a list of 2 times"),
     (["samplers", 0, "ddim:11"], "at most model.timesteps, 10"),

@@ -8,18 +8,18 @@ import time
 import torch
 import yaml
 
-from ..common.cli import check_output
+from ..common.cli import SAMPLER_FLAGS, check_output
 from ..common.errors import UsageError
 from ..common.files import atomic_file
-from ..config import DEFAULTS, check_value
 from ..data.images import ImageSet, to_uint8
-from ..drawing import draw_images
+from ..models import draw_images
 
 
 def parse_setting(text):
-    """ "heun:9 guidance_scale=2" -> {"sampler": "heun", "steps": 9, "guidance_scale": 2.0}; "config" -> {}.
+    """ "heun:9 guidance_scale=2" -> {"sampler": "heun", "steps": 9, "guidance_scale": 2}; "config" -> {}.
 
-    Raises UsageError for a key that is not of sample_cfg, or a value that it does not take.
+    Raises UsageError for a key that is not of sample_cfg, or a value that is not YAML; models.sampling_settings checks
+    the values.
     """
     name, *pairs = text.split() or [""]
     if name != "config":
@@ -28,14 +28,13 @@ def parse_setting(text):
     setting = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if not equals or key not in DEFAULTS["sample_cfg"]:
-            raise UsageError(f"{text!r}: {pair!r} is not one of {', '.join(DEFAULTS['sample_cfg'])} with a value, "
-                             "as in guidance_scale=2")
+        if not equals or key not in SAMPLER_FLAGS:
+            raise UsageError(f"{text!r}: {pair!r} is not one of {', '.join(SAMPLER_FLAGS)} with a value, as in "
+                             "guidance_scale=2")
         try:
-            value = yaml.safe_load(f"[{value}]" if key == "guidance_interval" else value)
-            setting[key] = check_value(f"sample_cfg.{key}", value)
-        except (yaml.YAMLError, UsageError) as e:
-            raise UsageError(f"{text!r}: " + " ".join(str(e).removeprefix("config: ").split())) from None
+            setting[key] = yaml.safe_load(f"[{value}]" if key == "guidance_interval" else value)
+        except yaml.YAMLError:
+            raise UsageError(f"{text!r}: {value!r} is no YAML value") from None
     return setting
 
 
