@@ -5,9 +5,9 @@ import torch
 
 from helpers import one_line, tree
 from libs import UsageError, build_dataloader, build_dataset
-from libs import folders
-from libs.datasets import KNOWN, BatchLoader, ImageDataset
+from libs.data import folders
 from libs.data.folders import FileImages
+from libs.datasets import BatchLoader, ImageDataset
 
 
 def load(root, split="train", name="ImageFolder", img_size=16, **options):
@@ -28,17 +28,9 @@ def test_from_disk_as_from_memory(tmp_path, monkeypatch, capsys):
     assert disk.images.num_workers == 3
     for (a, la), (b, lb) in zip(*loaders, strict=True):
         assert torch.equal(a, b) and torch.equal(la, lb)
-    assert torch.equal(disk.to("cpu").batch(torch.tensor([7]), torch.Generator().manual_seed(0))[0],
-                       memory.batch(torch.tensor([7]), torch.Generator().manual_seed(0))[0])
-
-
-def test_broken_image_on_disk_is_named_when_it_comes(tmp_path, monkeypatch):
-    root = tree(tmp_path, {"": ["a"]})
-    (tmp_path / "a" / "broken.png").write_bytes(b"")
-    monkeypatch.setattr(folders, "available_memory", lambda: 100)
-    dataset, _, _ = load(root)
-    with pytest.raises(UsageError, match="broken.png"):
-        dataset.batch(torch.arange(4))
+    (tmp_path / "b" / "3.png").write_bytes(b"")
+    with pytest.raises(UsageError, match="3.png"):
+        disk.batch(torch.arange(10))
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -48,9 +40,9 @@ def test_limit_is_spread_over_the_set_and_reads_nothing_else(tmp_path, monkeypat
     monkeypatch.setattr(folders, "decode", lambda path, size: read.append(path) or decode(path, size))
     if on_disk:
         monkeypatch.setattr(folders, "available_memory", lambda: 100)
-    some, chosen = load(root, limit=4)[0], [0, 3, 6, 9]
-    assert torch.equal(some.images[torch.arange(4)], everything.images[chosen]) and len(read) == 4
-    assert torch.equal(some.labels, everything.labels[chosen]) and some.classes == ["a", "b"]
+    few, chosen = load(root, limit=4)[0], [0, 3, 6, 9]
+    assert torch.equal(few.images[torch.arange(4)], everything.images[chosen]) and len(read) == 4
+    assert torch.equal(few.labels, everything.labels[chosen]) and few.classes == ["a", "b"]
     assert len(load(root, limit=11)[0]) == 10
 
 
@@ -71,17 +63,33 @@ def test_a_batch_is_cut_out_and_mirrored_as_drawn():
         assert torch.allclose(found, wanted[part], atol=1e-6)
 
 
-def test_views_without_augmentation_are_the_centre():
+@pytest.mark.parametrize("size, first", [(8, 2), (10, 1)])
+def test_views_without_augmentation_are_the_centre(size, first):
     images = torch.randint(0, 256, (3, 1, 13, 13), dtype=torch.uint8)
-    dataset = ImageDataset(images, torch.zeros(3).long(), ["a"], 8, flip=True, value_range=(0, 255))
-    before = torch.get_rng_state()
-    assert torch.equal(dataset.batch(torch.arange(3))[0], images[:, :, 2:10, 2:10].float())
+    dataset = ImageDataset(images, torch.zeros(3).long(), ["a"], size, flip=True, value_range=(0, 255))
+    before, window = torch.get_rng_state(), slice(first, first + size)
+    assert torch.equal(dataset.batch(torch.arange(3))[0], images[:, :, window, window].float())
     assert torch.equal(torch.get_rng_state(), before)  # nothing is drawn
+
+
+def test_every_crop_comes_up_and_half_are_flipped():
+    """No two pixels are alike, so that a crop tells where it was cut out."""
+    stored = (torch.arange(3 * 10 * 10) % 251).to(torch.uint8).reshape(1, 3, 10, 10).expand(2000, -1, -1, -1)
+    dataset = ImageDataset(stored, torch.zeros(2000).long(), ["a"], 8, augment=True, flip=True, value_range=(0, 255))
+    images = dataset.batch(torch.arange(2000), torch.Generator().manual_seed(0))[0]
+    counts = []
+    for flips in (False, True):
+        for row in range(3):
+            for col in range(3):
+                crop = stored[0, :, row:row + 8, col:col + 8].float()
+                counts.append(int((images == (crop.flip(-1) if flips else crop)).flatten(1).all(1).sum()))
+    assert sum(counts) == 2000 and min(counts) > 60 and max(counts) < 165  # 111 each, 5 standard deviations
+    assert 890 < sum(counts[9:]) < 1110
 
 
 # ---- the loader
 
-def some(n=23, **options):
+def numbered(n=23, **options):
     """Image i has the label i, and its number in its pixels."""
     images = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 1, 9, 9).contiguous()
     images[:, :, :, 0] = 255  # so that a flip and a crop show
@@ -89,14 +97,12 @@ def some(n=23, **options):
 
 
 def test_len_and_getitem():
-    dataset = some()
+    dataset = numbered()
     assert len(dataset) == 23
     image, label = dataset[3]
     assert image.shape == (1, 8, 8) and image.dtype == torch.float32 and type(label) is int and label == 3
     assert dataset[-1][1] == 22
-    with pytest.raises(IndexError):  # which also ends a for loop
-        dataset[23]
-    assert [label for _, label in dataset] == list(range(23))
+    assert [label for _, label in dataset] == list(range(23))  # ended by an IndexError
 
 
 def test_labels_outside_the_classes():
@@ -109,7 +115,7 @@ def test_labels_outside_the_classes():
 
 @pytest.mark.parametrize("batch_size", [1, 5, 23])
 def test_every_epoch_is_another_permutation(batch_size):
-    loader = build_dataloader(some(), batch_size, 0)
+    loader = build_dataloader(numbered(), batch_size, 0)
     assert len(loader) == 23 // batch_size
     epochs = []
     for _ in range(3):
@@ -123,7 +129,7 @@ def test_every_epoch_is_another_permutation(batch_size):
 
 
 def test_images_left_over_come_in_another_epoch():
-    loader = BatchLoader(some(), 10)
+    loader = BatchLoader(numbered(), 10)
     seen = {int(k) for epoch in range(20) for _, labels in loader.epoch(epoch) for k in labels}
     assert seen == set(range(23))
 
@@ -133,37 +139,18 @@ def same(a, b):
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    a, b, other = BatchLoader(some(), 4, seed=7), BatchLoader(some(), 4, seed=7), BatchLoader(some(), 4, seed=8)
-    list(a.epoch(0)), torch.rand(5)  # what was drawn before does not matter
-    assert same(list(a.epoch(3)), list(b.epoch(3)))
-    assert not same(list(a.epoch(3)), list(b.epoch(4)))
-    assert not same(list(a.epoch(3)), list(other.epoch(3)))
-
-
-def test_drawing_leaves_the_global_generator_alone():
-    torch.manual_seed(0)
+    a, b, other = (BatchLoader(numbered(), 4, seed=seed) for seed in (7, 7, 8))
     before = torch.get_rng_state()
-    list(BatchLoader(some(), 4).epoch(0))
+    epoch = list(a.epoch(3))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("start", [0, 1, 3, 5])
-def test_start_gives_the_tail_of_the_same_epoch(start):
-    loader = BatchLoader(some(), 4, seed=2)
-    assert same(list(loader.epoch(6, start)), list(loader.epoch(6))[start:])
-
-
-def test_iterating_counts_the_epochs():
-    loader = BatchLoader(some(), 4)
-    assert same(list(loader), list(loader.epoch(0))) and same(list(loader), list(loader.epoch(1)))
+    list(b.epoch(0)), torch.rand(5)  # what was drawn before does not matter
+    assert same(epoch, list(b.epoch(3)))
+    assert not same(epoch, list(b.epoch(4))) and not same(epoch, list(other.epoch(3)))
+    assert all(same(list(a.epoch(3, start)), epoch[start:]) for start in (1, 3, 5))  # the rest of the same epoch
+    assert same(list(a), list(b.epoch(0))) and same(list(a), list(b.epoch(1)))  # iterating counts the epochs
 
 
 def test_batch_larger_than_the_data_set():
-    loader = build_dataloader(some(5), 64, 4)
+    loader = build_dataloader(numbered(5), 64, 4)
     (images, labels), = loader
     assert len(loader) == 1 and len(images) == 5 and sorted(labels.tolist()) == list(range(5))
-
-
-def test_every_known_name_has_a_shape():
-    for shape, classes in KNOWN.values():
-        assert len(shape) == 3 and shape[1] == shape[2] and (classes is None or classes > 1)

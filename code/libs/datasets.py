@@ -1,31 +1,26 @@
 """Data sets: images as one uint8 tensor, turned into float batches with no Python work per image."""
 
-import os
-import shutil
-import tempfile
-
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets as tv
 
-from .common.errors import RunError, UsageError, first_line, display_path
+from .common.errors import RunError, UsageError, first_line
+from .common.seeds import seeded_generator
 from .data.folders import read_files, scan_folder
 from .data.mnist import fetch_mnist
-from .common.seeds import seeded_generator
 
 # name -> (image shape, number of classes, None: known once the folder is read)
 KNOWN = {
     "MNIST": ((1, 28, 28), 10),
     "FashionMNIST": ((1, 28, 28), 10),
-    "EMNIST": ((1, 28, 28), 47),  # the "balanced" split: digits, and letters less those alike in both cases
     "CIFAR10": ((3, 32, 32), 10),
     "AFHQ": ((3, 128, 128), 3),
     "MiniImageNet": ((3, 128, 128), None),
     "ImageFolder": ((3, 128, 128), None),
 }
-# images to train on and to test with
-SIZES = {"MNIST": (60000, 10000), "FashionMNIST": (60000, 10000), "EMNIST": (112800, 18800), "CIFAR10": (50000, 10000)}
+# numbers of training and of test images
+SIZES = {"MNIST": (60000, 10000), "FashionMNIST": (60000, 10000), "CIFAR10": (50000, 10000)}
 FOLDERS = ("AFHQ", "MiniImageNet", "ImageFolder")
 # the handout sends these through the autoencoder, whose own range is [0, 1]
 RANGE_01 = ("AFHQ", "MiniImageNet")
@@ -43,10 +38,9 @@ class ImageDataset(Dataset):
         value_range: (low, high) of the floats.
     """
 
-    encoded = False  # a LatentDataset is
+    encoded = False  # images, not latents: see LatentDataset
 
-    def __init__(self, images, labels, classes, img_size=None, augment=False, flip=False,
-                 value_range=(-1.0, 1.0)):
+    def __init__(self, images, labels, classes, img_size=None, augment=False, flip=False, value_range=(-1.0, 1.0)):
         self.images, self.labels, self.classes = images, labels, list(classes)
         self.img_size = img_size or images.shape[-1]
         self.augment, self.flip, self.value_range = augment, flip, value_range
@@ -79,28 +73,28 @@ class ImageDataset(Dataset):
         part: only this slice of the batch, cropped and flipped as in the whole of it.
         """
         corner, mirrored = self.draw_view(len(index), generator)
-        mine = index[part].to(self.labels.device)
-        return self.view(self.images[mine], corner[:, part], mirrored[part]), self.labels[mine]
+        index = index[part].to(self.labels.device)
+        return self.view(self.images[index], corner[:, part], mirrored[part]), self.labels[index]
 
     def draw_view(self, n, generator=None):
-        """How n images are seen: the corner where each is cut out (2 x n: row, column), whether it is mirrored (n)."""
-        spare = self.images.shape[-1] - self.img_size
-        corner, mirrored = torch.full((2, n), spare // 2), torch.zeros(n, dtype=torch.bool)
-        if self.augment and spare:
-            corner = torch.randint(0, spare + 1, (2, n), generator=generator)
+        """Crops and flips of n images: top left corners (2 x n: row, column) and whether each is mirrored (n)."""
+        margin = self.images.shape[-1] - self.img_size
+        corner, mirrored = torch.full((2, n), margin // 2), torch.zeros(n, dtype=torch.bool)
+        if self.augment and margin:
+            corner = torch.randint(0, margin + 1, (2, n), generator=generator)
         if self.augment and self.flip:
             mirrored = torch.rand(n, generator=generator) < 0.5
         return corner, mirrored
 
     def view(self, x, corner, mirrored):
-        """Stored images, uint8 B x C x S x S, seen so: B x C x img_size x img_size, floats in `value_range`."""
+        """Crop and flip stored images, uint8 B x C x S x S, to B x C x img_size x img_size, floats in `value_range`."""
         if x.shape[-1] != self.img_size:
             side = torch.arange(self.img_size, device=x.device)
             rows, cols = corner.to(x.device)[:, :, None] + side  # each B x img_size
             i = torch.arange(len(x), device=x.device)[:, None, None]
             # channels last for the gather, then back
             x = x.permute(0, 2, 3, 1)[i, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-        if mirrored.any():  # a CPU tensor: no GPU is waited for
+        if mirrored.any():  # on the CPU, so that no GPU is waited for
             x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(-1), x)
         low, high = self.value_range
         return x.float() * ((high - low) / 255) + low
@@ -109,8 +103,8 @@ class ImageDataset(Dataset):
 class BatchLoader:
     """Batches of an ImageDataset in an order that is a function of (seed, epoch) alone.
 
-    Every epoch has `len(loader)` full batches; the images that do not fill one wait for another epoch.
-    share: a function of the batch size that gives the slice of each batch which is wanted; None: all.
+    Every epoch has `len(loader)` full batches and leaves out the images that do not fill another.
+    share: function of the batch size that returns the slice of each batch for this process; None: the whole batch.
     """
 
     def __init__(self, dataset, batch_size, seed=0, share=None):
@@ -141,7 +135,7 @@ def build_dataloader(dataset, batch_size, num_workers=0, seed=0, share=None):
     num_workers: threads that decode image files, for a data set too large for memory.
     share: see BatchLoader.
     """
-    if not isinstance(dataset, ImageDataset):
+    if not isinstance(dataset, ImageDataset):  # any other data set of torch's kind
         return DataLoader(dataset, batch_size, shuffle=True, num_workers=num_workers, drop_last=True)
     if hasattr(dataset.images, "num_workers"):
         dataset.images.num_workers = max(num_workers, 1)
@@ -149,8 +143,7 @@ def build_dataloader(dataset, batch_size, num_workers=0, seed=0, share=None):
 
 
 def describe_dataset(name, split, data_folder, limit=None):
-    """(number of classes, number of images) without reading or downloading an image. Raises as `build_dataset`."""
-    _check(name, split)
+    """(number of classes, number of images) without reading or downloading an image; see `build_dataset`."""
     if name in FOLDERS:
         paths, _, classes = scan_folder(data_folder, split == "train")
         num_classes, n = len(classes), len(paths)
@@ -159,24 +152,18 @@ def describe_dataset(name, split, data_folder, limit=None):
     return num_classes, min(n, limit or n)
 
 
-def _check(name, split):
-    if name not in KNOWN:
-        raise UsageError(f"dataset.name: unknown {name!r}; it is one of {', '.join(KNOWN)}")
-    if split not in ("train", "test", "val"):
-        raise UsageError(f"dataset.split: unknown {split!r}; it is 'train' or 'test'")
-
-
 def build_dataset(name, split, data_folder, img_size=None, value_range=None, limit=None, stored_size=None):
     """Load a data set by name.
 
     Args:
         name: a key of `KNOWN`. "ImageFolder" is any tree of one folder per class.
         split: "train" (random crop and flip for photographs) or "test" (centre crop); "val" means "test".
-        data_folder: where it is, or where MNIST and the other small ones are downloaded to.
+        data_folder: where it is, or where MNIST, FashionMNIST and CIFAR10 are downloaded to. Photographs are in one
+            folder per class, below train/ and test/ (or val/), or directly, which serves for any split.
         img_size: side of the square images; None keeps the data's own, 128 for photographs.
         value_range: (low, high) of the pixels; None is (-1, 1), or (0, 1) for AFHQ and MiniImageNet.
-        limit: at most so many images, spread evenly over the set; None: all.
-        stored_size: side at which photographs are held; None is 9/8 of img_size, so that a random crop has a choice.
+        limit: at most this many images, spread evenly over the set; None: all.
+        stored_size: side at which photographs are held; None is 9/8 of img_size, which leaves room for random crops.
 
     Returns:
         (dataset, num_classes, img_shape); items are (image C x H x W float, label int).
@@ -185,7 +172,10 @@ def build_dataset(name, split, data_folder, img_size=None, value_range=None, lim
         UsageError: unknown name or split; a folder that is missing, empty or holds a broken image.
         RunError: a download failed.
     """
-    _check(name, split)
+    if name not in KNOWN:
+        raise UsageError(f"dataset.name: unknown {name!r}; it is one of {', '.join(KNOWN)}")
+    if split not in ("train", "test", "val"):
+        raise UsageError(f"dataset.split: unknown {split!r}; it is 'train' or 'test'")
     train = split == "train"
     if value_range is None:
         value_range = (0.0, 1.0) if name in RANGE_01 else (-1.0, 1.0)
@@ -202,51 +192,29 @@ def build_dataset(name, split, data_folder, img_size=None, value_range=None, lim
         images = read_files(images, stored_size or size * 9 // 8, data_folder)
     elif size != images.shape[-1]:
         images = _resize(images, size)
-    flip = name in FOLDERS or name == "CIFAR10"  # a mirrored digit or letter is another one
+    flip = name in FOLDERS or name == "CIFAR10"  # a mirrored digit is another one
     dataset = ImageDataset(images, labels, classes, size, train, flip, tuple(map(float, value_range)))
     return dataset, len(dataset.classes), dataset.img_shape
 
 
 def _load_torchvision(name, train, root):
     """A data set of torchvision's as (uint8 N x C x S x S, labels, class names); downloads what is missing."""
-    options = {"split": "balanced"} if name == "EMNIST" else {}
-    kind = getattr(tv, name)
     try:
-        os.makedirs(root, exist_ok=True)
         if name == "MNIST":
             fetch_mnist(root)
-        try:
-            data = kind(root, train=train, download=False, **options)
-        except RuntimeError:  # torchvision's word for "not found"
-            _download(kind, root, options)
-            data = kind(root, train=train, download=False, **options)
-    except OSError as e:  # no permission, a read-only or full disk, a file in the way
-        raise UsageError(f"dataset.data_folder: cannot write {e.filename or root} ({e.strerror or e})") from None
+        data = getattr(tv, name)(root, train=train, download=True)
+    except RunError:
+        raise
+    except Exception as e:  # no network, no permission, a full disk; a damaged file makes its reader raise anything
+        raise RunError(f"dataset.data_folder: cannot get {name} into {root} ({first_line(e)})") from None
     images = torch.as_tensor(data.data)
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
-    if name == "EMNIST":
-        images = images.transpose(2, 3).contiguous()  # stored lying on their side
-    classes = [name.split(" - ")[0] for name in data.classes]  # "7 - seven": a folder of sevens is called 7
+    classes = [name.split(" - ")[0] for name in data.classes]  # "7 - seven": the class of sevens is called 7
     return images, torch.as_tensor(data.targets, dtype=torch.long), classes
 
 
-def _download(kind, root, options):
-    """Download into a folder beside the target, then rename: a broken download leaves nothing."""
-    print(f"downloading {kind.__name__} into {display_path(root)}", flush=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as tmp:
-        try:
-            kind(tmp, download=True, **options)
-        except (OSError, RuntimeError) as e:
-            raise RunError(f"{kind.__name__} cannot be downloaded into {root}: {first_line(e)}") from None
-        for entry in os.listdir(tmp):
-            target = os.path.join(root, entry)
-            if os.path.isdir(target):
-                shutil.rmtree(target)  # what torchvision just called incomplete
-            os.replace(os.path.join(tmp, entry), target)
-
-
 def _resize(images, size):
-    """uint8 N x C x S x S to another side, a thousand at a time to save memory."""
+    """uint8 N x C x S x S -> N x C x size x size, a thousand at a time to save memory."""
     parts = [F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False)
              .round().clamp(0, 255).byte() for part in images.split(1000)]
     return torch.cat(parts)

