@@ -4,9 +4,10 @@ python writeup/build.py            (needs TeX Live with latexmk, TikZ and bookta
 
 In report.tex, \\val{FILE}{PATH}{FORMAT} is one number of one results file. PATH is the keys and list positions in a JSON
 file, or the words that a line of a text file begins with, up to the number; it may end in *FACTOR or /DIVISOR. FORMAT is
-Python's. \\rows{NAME} is the body of a table, made below. Measured values stand in report.tex in no other way; how long
-a command took is in results/README.md."""
+Python's. \\rows{NAME} is the body of a table, made below. Measured values stand in report.tex in no other way; the time
+that a command took is in results/README.md."""
 
+import argparse
 import json
 import re
 import shutil
@@ -70,7 +71,7 @@ def mean(values, form):
 
 
 def samplers():
-    """compare_samplers.py's rows, fewest network calls first."""
+    """Rows of `compare.py samplers`, fewest network calls first."""
     groups = {}
     for row in read("mnist_cpu/samplers.json")["rows"]:
         groups.setdefault(json.dumps(row["way"]), []).append(row)
@@ -99,7 +100,7 @@ CHANGES = {("mnist_cpu", ""): "none", ("mnist_cpu", "eta 0.0"): r"no noise on th
 
 
 def cats():
-    """compare_runs.py's rows, fewest network calls first."""
+    """Rows of `compare.py runs`, fewest network calls first."""
     groups = {}
     for row in read("afhq_cpu/runs.json")["rows"]:
         groups.setdefault((row["network_calls"], row["kind"]), []).append(row)
@@ -169,7 +170,13 @@ def fill(text):
     return re.sub(r"\\rows\{([^}]*)\}", lambda match: rows(match[1]), text)
 
 
-def main():
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    parse_args(argv)
     BUILD.mkdir(exist_ok=True)
     (BUILD / "report.log").unlink(missing_ok=True)
     (BUILD / "report.tex").write_text(fill((HERE / "report.tex").read_text()))

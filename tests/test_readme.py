@@ -1,0 +1,158 @@
+"""The documents: every command parses, what is cheap also runs, every link leads somewhere."""
+
+import importlib.util
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import libs
+from libs import datasets, samplers
+from libs.config import SETTINGS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+DOCUMENTS = [ROOT / name for name in ("README.md", "results/README.md", "results/speed.md", "pretrained/README.md",
+                                      "code/README.md", "code/libs/stable_diffusion/README.md")]
+OWN_RUN = re.compile(r"\b(RUN|CONFIG)\b|logs/")  # a placeholder, or what the reader trains first
+
+
+@cache
+def script(name):
+    path = ROOT / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def code_blocks(text, language=""):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+def commands(text):
+    """Every command that starts a script of this repository, as a list of words from the script on."""
+    lines = [line for block in code_blocks(text) for line in block.replace("\\\n", " ").splitlines()]
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    for line in lines:
+        for part in line.lstrip("!").split("&&"):
+            if re.match(r"(\S*[/\\])?(python3?|torchrun) .*\.py", part.strip()):
+                words = shlex.split(part.replace("\\", "/"), comments=True)
+                yield words[next(i for i, word in enumerate(words) if word.endswith(".py")):]
+
+
+COMMANDS = [(document.relative_to(ROOT), words) for document in DOCUMENTS if document.is_file()
+            for words in commands(document.read_text("utf-8")) if words[0] != "./train.py"]  # the handout's form
+
+
+def test_the_commands_are_found():
+    found = {words[0] for _, words in COMMANDS}
+    assert len(COMMANDS) > 50 and {"code/train.py", "code/sample.py", "code/compare.py", "zip_submission.py"} <= found
+
+
+@pytest.mark.parametrize("name", sorted({words[0] for _, words in COMMANDS}))
+def test_every_command_is_accepted(name, monkeypatch):
+    """By the script's own parser; train.py's settings by load_config; weights and configs that it names are there."""
+    monkeypatch.chdir(ROOT)
+    module = script(name)
+    for document, (first, *argv) in COMMANDS:
+        if first != name:
+            continue
+        args = module.parse_args(argv)
+        if name == "code/train.py" and args.config and not OWN_RUN.search(args.config):
+            libs.load_config(args.config, args.set)
+        for before, word in zip(["", *argv], argv):
+            if word.startswith(("pretrained/", "configs/")) and before != "--output":
+                assert (ROOT / word).is_file(), f"{document}: {word}"
+
+
+@pytest.mark.parametrize("words", [words for document, words in COMMANDS if str(document) == "README.md" and (
+    words[0] == "code/train.py" and "configs/mnist" in words[1] or
+    words[0] == "code/sample.py" and words[1].startswith("pretrained/"))], ids=" ".join)
+def test_a_recipe_runs(words, monkeypatch, tmp_path):
+    """Training as far as --dry-run, drawing with two steps."""
+    monkeypatch.chdir(ROOT)
+    if words[0] == "code/train.py":
+        small = ["--dry-run", "--set", f"output_folder={tmp_path}"]
+    else:
+        small = ["--num", "1", "--steps", "2", "--output", str(tmp_path / "drawn.png")]
+    assert not script(words[0]).main([*words[1:], *small])
+    assert [path.name for path in tmp_path.iterdir()] == ([] if "--dry-run" in small else ["drawn.png"])
+
+
+def test_the_two_lines_that_start_from_nothing():
+    lines = README.splitlines()
+    setup = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
+    train = f"{setup} && .venv/bin/python code/train.py configs/mnist_cpu.yaml -c 1"
+    test = f"{setup} -r requirements-extra.txt && .venv/bin/python -m pytest"
+    assert lines.count(train) == lines.count(test) == 1
+    assert next(line for line in lines if "-m pytest" in line) == test
+    for line in (train, test):
+        assert lines[lines.index(line) - 1] == lines[lines.index(line) + 1] == "```"
+    for name in re.findall(r"-r (\S+)", README):
+        assert (ROOT / name).is_file()
+    assert len(lines) <= 230
+
+
+def anchors(path):
+    titles = re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.M)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links(document):
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text("utf-8")):
+        if not link.startswith("http"):
+            name, _, anchor = link.partition("#")
+            target = document.parent / name if name else document
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_the_table_of_results_names_files():
+    table = (ROOT / "results/README.md").read_text("utf-8").split("## All files and commands")[1]
+    for row in re.findall(r"^\| (`.*?) \|", table, re.M):
+        names = re.findall(r"`([^`]+)`", row)
+        folder = ROOT / "results" / Path(names[0]).parent
+        for name in names:
+            path = ROOT / "results" / name if "/" in name.rstrip("/") else folder / name
+            assert path.exists() or path.parent.joinpath(Path(names[0]).stem + name).exists(), name
+
+
+def test_the_handout_s_functions():
+    table = README.split("## The handout, item by item")[1].split("##")[0]
+    names = re.findall(r"`(\w+)\.(\w+)`", table)
+    found = [name for name in names if name[0] in ("DDPM", "UNet")]
+    assert len(found) == 5
+    for owner, method in found:
+        assert hasattr({"DDPM": libs.DDPM, "UNet": __import__("libs.unet").unet.UNet}[owner], method)
+
+
+# ---- code/README.md
+
+BLOCKS = code_blocks((ROOT / "code/README.md").read_text("utf-8"), "python")
+
+
+@pytest.mark.parametrize("block", BLOCKS[:2], ids=["a model of one's own", "a trained model"])
+def test_use_from_python(block, monkeypatch):
+    monkeypatch.chdir(ROOT / "code")
+    names = {}
+    exec(block.replace("timesteps=1000", "timesteps=3").replace("steps=10", "steps=2"), names)
+    assert names["digits"].shape == (10, 1, 28, 28) and 0 <= names["digits"].min() <= names["digits"].max() <= 1
+
+
+def test_a_data_set_and_a_sampler(monkeypatch):
+    dataset, sampler = BLOCKS[2:]
+    names = {"KNOWN": {}, "SIZES": {}}
+    exec(dataset, names)
+    assert len(names["KNOWN"]["KMNIST"]) == len(datasets.KNOWN["MNIST"]) and names["SIZES"]["KMNIST"][0] == 60000
+    names = dict(vars(samplers))
+    exec(sampler, names)
+    x, sigmas = 10 * torch.randn(2, 1, 4, 4, dtype=torch.float64), samplers.karras_sigmas(4, 0.1, 10)
+    drawn = [solver(lambda x, sigma: x / (1 + sigma ** 2), x, sigmas) for solver in (names["mine"], samplers.euler)]
+    assert torch.allclose(*drawn)
+    assert "euler" in SETTINGS["sample_cfg.sampler"][1][0]
