@@ -32,31 +32,25 @@ class DigitClassifier(nn.Module):
         self.head = nn.Linear(self.feature_dim, 10)
 
     def features(self, x):
-        """What the logits are a linear function of: B x 1 x 28 x 28 in [0, 1] -> B x 128, none negative.
+        """The input of the last layer: B x 1 x 28 x 28 in [0, 1] -> B x 128, none negative.
 
-        The mean over all 7 x 7 places keeps a channel from being exactly zero for most digits, as a
+        The mean over all 7 x 7 positions keeps a channel from being exactly zero for most digits, as a
         single ReLU would: a Frechet distance fits a Gaussian to these numbers.
         """
-        if x.shape[1:] != (1, 28, 28):  # convolutions would take another size without a word
-            raise ValueError(f"DigitClassifier: images are {tuple(x.shape)}; they must be B x 1 x 28 x 28")
         return self.body(x).mean((2, 3))
 
     def forward(self, x):
         return self.head(self.drop(self.features(x)))
 
 
-def load_classifier(path=None, device="cpu"):
+def load_classifier(path=WEIGHTS):
     """The trained classifier, in eval mode, without gradients.
 
-    Its attributes `test_accuracy` (0 to 1, all 10,000 test digits) and `recipe` say where the weights come from.
-
-    Args:
-        path: a file of train_classifier.py; None is the one in pretrained/.
+    Its attributes `test_accuracy` (0 to 1, of all 10,000 test digits) and `recipe` say how it was trained.
 
     Raises:
-        UsageError: the file is missing or holds something else.
+        UsageError: the file is missing or not one of train_classifier.py.
     """
-    path = WEIGHTS if path is None else path
     if not os.path.isfile(path):
         raise UsageError(f"classifier: no file {display_path(path)}; train_classifier.py makes it")
     model = DigitClassifier()
@@ -65,22 +59,19 @@ def load_classifier(path=None, device="cpu"):
         model.load_state_dict(saved["state_dict"])
         model.test_accuracy, model.recipe = float(saved["test_accuracy"]), str(saved["recipe"])
     except Exception as e:  # a foreign file fails in torch's unpickler in many ways, all with the same meaning
-        raise UsageError(f"classifier: {display_path(path)} is not a file of train_classifier.py ({type(e).__name__})") from None
-    return model.float().eval().requires_grad_(False).to(device)
+        raise UsageError(f"classifier: {display_path(path)} is not a file of train_classifier.py "
+                         f"({type(e).__name__})") from None
+    return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def accuracy(model, images, labels):
-    """Share of digits read rightly, 0 to 1. images: N x 1 x 28 x 28 uint8; labels: N; model in eval mode."""
+    """Share of digits classified correctly, 0 to 1. images: N x 1 x 28 x 28 uint8; labels: N; model in eval mode."""
     hits = [(model(x.float() / 255).argmax(1) == y).sum() for x, y in zip(images.split(500), labels.split(500))]
     return torch.stack(hits).sum().item() / len(labels)
 
 
-def file_hash(path=None):
-    """First 12 hex digits of the file's SHA-256, to stand beside every number that it produced."""
-    path = WEIGHTS if path is None else path
-    try:
-        with open(path, "rb") as f:
-            return hashlib.sha256(f.read()).hexdigest()[:12]
-    except OSError as e:
-        raise UsageError(f"classifier: {display_path(path)} cannot be read: {e.strerror}") from None
+def file_hash(path=WEIGHTS):
+    """First 12 hex digits of the file's SHA-256: printed beside every number made with this file."""
+    with open(path, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()[:12]

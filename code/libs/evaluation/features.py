@@ -1,39 +1,36 @@
-"""Images -> the features that distances between sets of images are measured in: one face for three networks.
+"""Images -> the features that sets of images are compared by: one interface to three networks.
 
 A Frechet distance has a name only with its extractor: "FID" is the Inception network's alone.
 """
 
 import io
 import os
-import socket
 import zipfile
 
 import torch
 import torch.nn.functional as F
 
-from .classifier import WEIGHTS, file_hash, load_classifier
-from ..common.errors import RunError, UsageError, first_line, display_path
-from .fid import FeatureStatistics
-from ..common.files import save_tensors, atomic_file
+from .. import config
+from ..common.cli import progress_bar
+from ..common.errors import RunError, UsageError, display_path, first_line
+from ..common.files import atomic_file, save_tensors
 from ..data.images import to_channels
 from ..tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, build_encoder, in_parts, load_weights
+from .classifier import WEIGHTS, file_hash, load_classifier
 
-# the Inception network of Heusel et al. 2017, converted to PyTorch: one file, which two projects publish under two
-# names. The names end in the first 8 digits of its SHA-256.
-INCEPTION_URLS = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-)
+# the Inception network of Heusel et al. 2017, converted to PyTorch; its name ends in the first 8 digits of its SHA-256
+INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+                 "weights-inception-2015-12-05-6726825d.pth")
 INCEPTION_HASH = "6726825d"
-BATCH = 32  # images in a network at a time, however many are asked for: Inception needs 20 MB for each
+BATCH = 32  # images in a network at a time, whatever the batch size: Inception needs 20 MB for each
 
 
 class Extractor:
     """Images to features.
 
     Attributes:
-        name: what `load_extractor` was asked for.
-        metric: what a Frechet distance of these features is called.
+        name: the name for `load_extractor`.
+        metric: the name of a Frechet distance of these features.
         dim: D, features per image.
         hash: first 12 hex digits of the weight file's SHA-256, to stand beside every number.
         network: the frozen module, on `device`.
@@ -45,13 +42,10 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images):
-        """uint8 B x C x H x W, on any device -> B x D float32 on the CPU. Row k depends on image k alone.
+        """uint8 B x C x H x W, C 1 or 3, on any device -> B x D float32 on the CPU. Row k depends on image k alone.
 
-        Raises UsageError where images are of another type, or of a size that the network does not take.
+        Raises UsageError for a size that the network does not take.
         """
-        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
-            raise UsageError(f"{self.name}: images are {images.dtype}, {tuple(images.shape)}; must be uint8, 0 to 255, "
-                             "B x C x H x W with C of 1 or 3")
         # the 10 bits of TF32, cuDNN's default, would show in the third digit of a feature
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             parts = [self._features(part.to(self.device)).float().cpu() for part in images.split(BATCH)]
@@ -59,13 +53,13 @@ class Extractor:
 
 
 class ClassifierExtractor(Extractor):
-    """The digit classifier, before its last layer: 128 numbers."""
+    """The digit classifier before its last layer: 128 numbers."""
 
     name, metric = "classifier", "FD (classifier)"
     classes = [str(digit) for digit in range(10)]
 
     def __init__(self, weights=None, device="cpu"):
-        path = WEIGHTS if weights is None else weights
+        path = weights or WEIGHTS
         self._load(path, load_classifier(path), device)
         self.dim = self.network.feature_dim
 
@@ -81,9 +75,9 @@ class ClassifierExtractor(Extractor):
 
 
 class InceptionExtractor(Extractor):
-    """The standard Inception-v3 of FID, as torch-fidelity has it: 2048 numbers, grey as three equal channels.
+    """The standard Inception-v3 of FID, from torch-fidelity: 2048 numbers, grey as three equal channels.
 
-    Resizing to 299 x 299 is the network's own, as TensorFlow 1 did it; another one would be another FID.
+    The network itself resizes to 299 x 299, as TensorFlow 1 did; with another resize it would not be FID.
     """
 
     name, layer = "inception", "2048"
@@ -93,16 +87,17 @@ class InceptionExtractor(Extractor):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError:
             raise UsageError("inception: needs torch-fidelity: pip install -r requirements-extra.txt") from None
-        path = fetch_inception() if weights is None else weights
+        path = weights or fetch_inception()
         if not os.path.isfile(path):
-            raise UsageError(f"inception: no file {display_path(path)}; its weights are at {INCEPTION_URLS[0]}")
+            raise UsageError(f"inception: no file {display_path(path)}; its weights are at {INCEPTION_URL}")
         try:
-            safe = io.BytesIO()  # torch-fidelity unpickles whatever it is given: give it our own pickle of the tensors
+            safe = io.BytesIO()  # torch-fidelity unpickles any file: give it our own pickle of the tensors
             torch.save(torch.load(path, map_location="cpu", weights_only=True), safe)
             safe.seek(0)
             network = FeatureExtractorInceptionV3(self.name, [self.layer], feature_extractor_weights_path=safe)
         except Exception as e:  # a foreign file fails in torch in many ways, all with the same meaning
-            raise UsageError(f"inception: {display_path(path)} is no weight file of FID's Inception ({first_line(e)})") from None
+            raise UsageError(f"inception: {display_path(path)} is no weight file of FID's Inception "
+                             f"({first_line(e)})") from None
         self._load(path, network, device)
         self.dim = int(self.layer)
         self.metric = "FID" if self.hash.startswith(INCEPTION_HASH) else "FD (Inception of other weights)"
@@ -112,18 +107,18 @@ class InceptionExtractor(Extractor):
 
 
 class AutoencoderExtractor(Extractor):
-    """TAESD's latents, summed up in 4 x 4 cells: 128 numbers, 4 channels of a mean and a standard deviation per cell.
+    """TAESD's latents, averaged over a grid of 4 x 4 cells: mean and standard deviation of 4 channels, 128 numbers.
 
-    16 cells keep where things are; within a cell, the mean sees colour and the deviation detail, which blur takes
-    away. More numbers would ask for more images (a covariance needs several times D of them). It compares models of
-    this repository with each other; nobody else's numbers are of this kind.
+    16 cells keep the layout; within a cell, the mean sees colour and the deviation sees detail, which blur removes.
+    More numbers would ask for more images (a covariance needs several times D of them). For comparing models of this
+    repository with each other: nobody else's numbers are of this kind.
     """
 
     name, metric, grid = "autoencoder", "FD (autoencoder)", 4
     dim = 2 * LATENT_CHANNELS * grid ** 2
 
     def __init__(self, weights=None, device="cpu"):
-        path = os.path.join(os.path.dirname(WEIGHTS), "taesd_encoder.pth") if weights is None else weights
+        path = weights or os.path.join(os.path.dirname(WEIGHTS), "taesd_encoder.pth")
         network = build_encoder().to(memory_format=torch.channels_last)
         load_weights(network, path, "autoencoder")
         self._load(path, network, device)
@@ -150,51 +145,35 @@ def load_extractor(name, device="cpu", weights=None):
             (91 MiB) on first use.
 
     Raises:
-        UsageError: unknown name, missing package, a weight file that is missing or another network's.
+        UsageError: missing package, a weight file that is missing or another network's.
         RunError: the weights cannot be fetched.
     """
-    if name not in EXTRACTORS:
-        raise UsageError(f"extractor: unknown {name!r}; it is one of {', '.join(EXTRACTORS)}")
     return EXTRACTORS[name](weights, device)
 
 
 def fetch_inception():
-    """Path of the Inception weights, in the cache of torch.hub, where torch-fidelity and pytorch-fid keep them too.
+    """Path of the Inception weights in the cache of torch.hub, where torch-fidelity keeps them too.
 
-    Nothing gets that name which has another hash. Raises RunError when they cannot be fetched, and UsageError when
-    the file that is there is another one.
+    A download with another hash is discarded. Raises RunError when the weights cannot be fetched.
     """
-    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-    paths = [os.path.join(folder, os.path.basename(url)) for url in INCEPTION_URLS]
-    for path in filter(os.path.isfile, paths):
-        found = file_hash(path)
-        if not found.startswith(INCEPTION_HASH):
-            raise UsageError(f"inception: the SHA-256 of {path} starts with {found[:8]}, not {INCEPTION_HASH}: "
-                             "remove the file, and it is fetched again")
-        return path
-    print(f"fetching the Inception weights (91 MiB) into {display_path(folder)}", flush=True)
-    timeout, reasons = socket.getdefaulttimeout(), []
-    socket.setdefaulttimeout(20)  # a server that does not answer is no reason to wait for ever
-    try:
-        for url, path in zip(INCEPTION_URLS, paths):
-            try:
-                os.makedirs(folder, exist_ok=True)
-                torch.hub.download_url_to_file(url, path, hash_prefix=INCEPTION_HASH, progress=False)
-                return path
-            except Exception as e:  # no network, a proxy's error page, a full disk
-                reasons.append(first_line(e))
-    finally:
-        socket.setdefaulttimeout(timeout)
-    raise RunError(f"the Inception weights cannot be fetched ({reasons[0]}): "
-                   f"put {INCEPTION_URLS[0]} by hand at {paths[0]}")
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(INCEPTION_URL))
+    if not os.path.isfile(path):
+        print(f"fetching the Inception weights (91 MiB) to {display_path(path)}", flush=True)
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, path, hash_prefix=INCEPTION_HASH, progress=False)
+        except Exception as e:  # no network, a proxy's error page, a full disk
+            raise RunError(f"the Inception weights cannot be fetched ({first_line(e)}): "
+                           f"put {INCEPTION_URL} at {path}") from None
+    return path
 
 
 def extract_features(extractor, batches, progress=None):
     """Features N x D, float32, of an iterable of uint8 batches B x C x H x W.
 
-    progress: called with the number of images after each batch; `tqdm.update` fits.
+    progress: called with the number of images after each batch.
     """
-    features = [torch.empty(0, extractor.dim)]
+    features = []
     for batch in batches:
         features.append(extractor(batch))
         if progress:
@@ -202,42 +181,39 @@ def extract_features(extractor, batches, progress=None):
     return torch.cat(features)
 
 
-def real_statistics(extractor, images, cache_folder, batch_size=50, progress=None, say=print):
-    """(FeatureStatistics, features N x D float32) of real images, from `cache_folder` if they are there.
+def cached_features(extractor, images, what):
+    """Features N x D, float32, of an ImageSet: read from the project's cache, or made and kept there.
 
-    The cache goes by the pixels and the extractor's weights, so that other data, another size, split or number, and
-    another extractor can not be taken for these.
+    The cache is found by the images' pixels and the extractor's weights, so other data, another size or number of
+    images, and another extractor each have a file of their own. A damaged file is made again.
 
-    Args:
-        images: an ImageSet.
-        progress: as in `extract_features`; not called where the cache is used.
-        say: gets a line about a cache that is damaged, or cannot be written; neither stops anything.
+    what: the images' name in the line of progress, such as "train images".
     """
     digest = images.digest()
     key = f"{extractor.name} {extractor.hash} {extractor.dim} {digest}"
-    path = os.path.join(cache_folder, f"{extractor.name}-{extractor.hash}-{len(images)}-{digest[:12]}.pt")
+    folder = os.path.join(config.CACHE, "features")
+    path = os.path.join(folder, f"{extractor.name}-{extractor.hash}-{len(images)}-{digest[:12]}.pt")
     if os.path.exists(path):
         try:
-            return _read_cache(path, key, (len(images), extractor.dim))
+            return _read_cache(path, key)
         except Exception as e:  # a damaged file makes zipfile and torch raise almost anything
-            say(f"features: {display_path(path)} is damaged or another file ({first_line(e)}): made again")
-    features = extract_features(extractor, images.batches(batch_size), progress)
-    statistics = FeatureStatistics(extractor.dim).update(features)
+            print(f"features: {display_path(path)} is damaged or another file ({first_line(e)}): made again")
+    with progress_bar(len(images), "image", f"features of the {what}") as bar:
+        features = extract_features(extractor, images.batches(200), bar.update)
     try:
-        os.makedirs(cache_folder, exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         with atomic_file(path) as f:
-            save_tensors({"key": key, "features": features, "statistics": statistics.state_dict()}, f)
-    except (OSError, RunError) as e:
-        say(f"features are not kept for the next time: {first_line(e)}")
-    return statistics, features
+            save_tensors({"key": key, "features": features}, f)
+    except (OSError, RunError) as e:  # a full disk does not stop the run
+        print(f"features are not kept for the next time: {first_line(e)}")
+    return features
 
 
-def _read_cache(path, key, shape):
+def _read_cache(path, key):
     with zipfile.ZipFile(path) as z:
         if z.testzip():  # torch itself does not look at the checksums
             raise zipfile.BadZipFile("wrong checksum")
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    statistics, features = FeatureStatistics.from_state(saved["statistics"]), saved["features"]
-    if saved["key"] != key or (statistics.n, len(statistics.mean)) != shape or features.shape != shape:
+    if saved["key"] != key:
         raise ValueError("of other images or another extractor")
-    return statistics, features
+    return saved["features"]

@@ -2,8 +2,6 @@
 
 import torch
 
-from ..common.errors import UsageError
-
 ROWS = 256  # queries at a time; memory is about 3 x ROWS x len(bank) floats
 SPARE = 8  # candidates beyond k, so that rounding seldom hides a neighbour
 
@@ -13,22 +11,17 @@ def nearest(queries, bank, k, skip=None):
 
     |x|^2 + |y|^2 - 2 x.y in float32 only proposes candidates: for a copy it is a small difference of large numbers,
     nothing but rounding. Candidates are measured again as |x - y| in float64, and where rounding could have kept a
-    neighbour from being proposed, that query is searched in float64 altogether: the answer is always the exact one.
+    neighbour from being proposed, all rows are measured for that query: the answer is always the exact one.
 
     Args:
         queries: N x D, or N x V x D: V views of each query (shifted ones, say), of which the nearest counts.
-        bank: M x D. Both of any dtype, finite, on the CPU.
+        bank: M x D, with at least k rows that may be found. Both of any dtype, finite, on the CPU.
         skip: N, for each query the row of `bank` that must not be found: itself, where it is in the bank.
 
     Returns:
         (distances N x k float64, index N x k long), the nearest first, equal distances by index.
-
-    Raises UsageError where the bank has too few rows.
     """
     others = len(bank) - (skip is not None)
-    if others < k:
-        raise UsageError(f"nearest neighbours: {len(bank)} images to search; "
-                         f"needs at least {k + (skip is not None)} (k = {k})")
     views = queries if queries.dim() == 3 else queries[:, None]
     centre = bank.mean(0, dtype=torch.float32)  # the smaller the norms, the smaller the rounding
     # (-2 x, |x|^2, 1) . (y, 1, |y|^2) is the squared distance, in one product
@@ -52,18 +45,18 @@ def nearest(queries, bank, k, skip=None):
             banned = skip[start:start + ROWS]
             squared.scatter_(1, banned[:, None], torch.inf)
         proposed, candidates = squared.topk(min(k + SPARE, others), largest=False)
-        distances, index = _ordered(rows, bank, candidates.sort(1).values, k)
+        distances, index = _measure(rows, bank, candidates.sort(1).values, k)
         if candidates.shape[1] < others:
             unsure = distances[:, -1].square() >= proposed[:, -1] - unit * largest
             for r in unsure.nonzero()[:, 0]:
                 rest = torch.arange(len(bank))
                 rest = rest if skip is None else rest[rest != banned[r]]
-                distances[r], index[r] = _ordered(rows[r, None], bank, rest[None], k)
+                distances[r], index[r] = _measure(rows[r, None], bank, rest[None], k)
         found.append((distances, index))
     return tuple(torch.cat(parts) for parts in zip(*found))
 
 
-def _ordered(rows, bank, candidates, k):
+def _measure(rows, bank, candidates, k):
     """The k nearest of each row's candidates (N x C, ascending), measured in float64."""
     distances = []
     for part in candidates.split(1024, 1):

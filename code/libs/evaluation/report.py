@@ -1,66 +1,60 @@
-"""From a set of generated images to numbers that can be believed: each beside its floor and its ceiling."""
-
-import os
+"""All numbers of a set of generated images, each beside its floor (real images) and its ceiling (noise)."""
 
 import torch
 
-from ..datasets import build_dataset
-from ..drawing import draw_images
 from ..common.errors import UsageError
-from .features import extract_features, load_extractor, real_statistics
-from .fid import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
-from ..data.images import ImageSet, to_uint8
-from .memorization import MemorizationTest
-from ..models import sampling_options
 from ..common.seeds import seeded_generator
+from ..data.images import ImageSet, to_uint8
+from ..datasets import build_dataset
+from ..models import draw_images, sampling_settings
+from .features import cached_features, extract_features, load_extractor
+from .fid import fit_gaussian, frechet_distance, kernel_distance, precision_recall
+from .memorization import MemorizationTest
 
-KD_SUBSET = 1000  # rows of one estimate of the kernel distance, as is usual
-NOISE_IMAGES = 2000  # enough to say how far away noise is
-DRAWS = 5  # of as many test images as there are samples, for a floor
+KD_SUBSET = 1000  # rows of one estimate of the kernel distance, the usual number
+NOISE_IMAGES = 2000  # of the ceiling, at most
+DRAWS = 5  # subsets of real images that a floor is the mean of
 
 
 class RealImages:
     """The training and test images that generated ones are measured against, and their features.
 
     Args:
-        config: a configuration; its `dataset`, whose `split` is not used, and its `eval.features`.
+        config: a configuration; of it `dataset` (both splits), `eval.features` and, for "autoencoder", the encoder.
         device: where features are made.
-        weights: the extractor's weight file; None is its own, for "autoencoder" the configuration's encoder.
-        progress: called as progress(number of images) while features are made; not for those from a cache.
-        say: gets lines of text.
 
-    Attributes: `train`, `test` (ImageSet, uint8, cut out of the centre), `features` and `statistics` (split -> N x D,
-    FeatureStatistics), `extractor`.
+    Attributes:
+        train, test: ImageSet, uint8, cropped to the centre.
+        features, gaussians: split -> N x D, Gaussian.
+        extractor: the Extractor.
+        shifts, mirrored: how a copy can differ from its image, as a model learns from random crops and mirrored images.
 
-    Raises UsageError or RunError where data or extractor cannot be had.
+    Raises UsageError or RunError where the data or the extractor are missing.
     """
 
-    def __init__(self, config, device, weights=None, progress=None, say=print):
+    def __init__(self, config, device):
         data, name = config["dataset"], config["eval"]["features"]
         name = name or ("classifier" if data["name"] == "MNIST" else "inception")
-        if name == "autoencoder":
-            weights = weights or config["model"]["vae_encoder_weights"]
+        weights = config["model"]["vae_encoder_weights"] if name == "autoencoder" else None
         self.extractor = load_extractor(name, device, weights)
-        self.sets, self.features, self.statistics, self.kept = {}, {}, {}, {}
-        cache = os.path.join(data["data_folder"], ".features")
+        self.sets, self.features, self.gaussians, self.kept_baselines = {}, {}, {}, {}
         for split in ("train", "test"):
             dataset, _, _ = build_dataset(data["name"], split, data["data_folder"], data["img_size"],
                                           limit=data["limit"] if split == "train" else None)
             images = ImageSet(dataset.images, dataset.labels, dataset.classes, dataset.img_size)
-            self.statistics[split], self.features[split] = real_statistics(
-                self.extractor, images, cache, 200, progress, say)
             self.sets[split] = images
-            # how a copy can differ from an image here, as a model learns from random crops and mirrored images
+            self.features[split] = cached_features(self.extractor, images, f"{split} images")
+            self.gaussians[split] = fit_gaussian(self.features[split])
             self.mirrored, self.shifts = dataset.flip, _shifts((dataset.images.shape[-1] - dataset.img_size) // 2)
         self.train, self.test = self.sets["train"], self.sets["test"]
 
-    def some(self, split, n):
+    def subset(self, split, n):
         """Features of `n` images, always the same ones: n x D."""
         order = torch.randperm(len(self.sets[split]), generator=seeded_generator("reference", split))
         return self.features[split][order[:n]]
 
-    def like_test(self, split, n, draw=0):
-        """Features of `n` images in which the classes have the test set's shares, as samples have: other ones a `draw`.
+    def subset_like_test(self, split, n, draw):
+        """Features of `n` images whose classes have the test set's shares, as samples have: others for each `draw`.
 
         Fewer than n where a class has too few images.
         """
@@ -70,30 +64,34 @@ class RealImages:
         return self.features[split][torch.cat([order[labels[order] == k][:count] for k, count in enumerate(wanted)])]
 
     def baselines(self, n):
-        """(floor, ceiling, images of the ceiling) at n images: the metrics of the test images and of noise. Kept.
+        """(floor, ceiling, images of the ceiling) at n images: the metrics of the test images and of noise.
 
-        Where there are more test images than n, the floor is the mean of DRAWS times n of them.
+        Where there are more test images than n, the floor is the mean over DRAWS subsets of n. Computed once for each n.
         """
-        if n not in self.kept:
-            train, test, count = self.some("train", n), self.some("test", n), min(n, NOISE_IMAGES)
-            draws = [test] if n == len(self.test) else [self.like_test("test", n, draw) for draw in range(DRAWS)]
+        if n not in self.kept_baselines:
+            train, test, count = self.subset("train", n), self.subset("test", n), min(n, NOISE_IMAGES)
+            draws = [test] if n == len(self.test) else [
+                self.subset_like_test("test", n, draw) for draw in range(DRAWS)]
             floors = [_distances(features, train, None) for features in draws]
             floor = {key: sum(each[key] for each in floors) / len(floors) for key in floors[0]}
             noise = torch.randint(256, (count, *self.train.shape[1:]), dtype=torch.uint8,
                                   generator=seeded_generator("noise"))
             noise = extract_features(self.extractor, noise.split(200))
-            self.kept[n] = floor, _distances(noise, train, test), count
-        return self.kept[n]
+            self.kept_baselines[n] = floor, _distances(noise, train, test), count
+        return self.kept_baselines[n]
 
     def floor(self, n):
-        """Mean Frechet distance to all test images of `n` training images like them in class: the floor of `against`."""
-        distances = [frechet_distance(_statistics(self.like_test("train", n, draw)), self.statistics["test"])
+        """The floor of `distances_to_all`: Frechet distance of `n` training images to all test images.
+
+        The mean over DRAWS subsets whose classes have the test set's shares.
+        """
+        distances = [frechet_distance(fit_gaussian(self.subset_like_test("train", n, draw)), self.gaussians["test"])
                      for draw in range(DRAWS)]
         return sum(distances) / len(distances)
 
 
 def labels_like(labels, num_classes, n):
-    """`n` labels whose histogram is that of `labels`, to the nearest whole image: n, long, classes in turn."""
+    """`n` labels, in random order, whose histogram is that of `labels` to the nearest whole image: n, long."""
     share = torch.bincount(labels, minlength=num_classes).double() * n / len(labels)
     counts = share.floor().long()
     counts[(share - counts).argsort(descending=True, stable=True)[:n - int(counts.sum())]] += 1  # largest remainders
@@ -102,14 +100,15 @@ def labels_like(labels, num_classes, n):
 
 
 def evaluate_model(model, config, real, device):
-    """The numbers of `eval.num` images of a model in training, as name -> number; no search for copies."""
+    """The numbers of `eval.num` images drawn from a model in training: name -> number. No search for copies."""
     labels = labels_like(real.test.labels, model.num_classes, config["eval"]["num"])
-    pixels = [to_uint8(x) for x in draw_images(model, labels, sampling_options(config), config["seed"], device=device)]
+    settings = sampling_settings(model, config)
+    pixels = [to_uint8(x) for x in draw_images(model, labels, settings, config["seed"], device=device)]
     return scalars(evaluate(ImageSet(torch.cat(pixels), labels), real, memorization=False))
 
 
 def scalars(report):
-    """What of a report `evaluate` made is worth a curve: name -> number."""
+    """The numbers of a report of `evaluate` that TensorBoard draws as curves: name -> number."""
     numbers = {key: value for key, value in report["generated"].items() if isinstance(value, float)}
     return numbers | {"fd_floor": report["floor"]["fd_train"]}
 
@@ -118,7 +117,7 @@ def evaluate(generated, real, memorization=True):
     """All numbers of one set of generated images.
 
     Args:
-        generated: ImageSet of the real images' shape; with `labels`, if label accuracy is wanted.
+        generated: ImageSet of the real images' shape; label accuracy needs its `labels`.
         real: RealImages.
         memorization: look for copies of training images too (the slowest part).
 
@@ -130,7 +129,7 @@ def evaluate(generated, real, memorization=True):
         `memorization` is the report of a MemorizationTest.
 
     Raises:
-        UsageError: images of another shape, or fewer than a metric can bear.
+        UsageError: images of another shape, or too few.
     """
     extractor, shape = real.extractor, real.train.shape[1:]
     if generated.shape[1:] != shape:
@@ -138,27 +137,22 @@ def evaluate(generated, real, memorization=True):
     n = min(len(generated), len(real.train), len(real.test))
     if n < 2:
         raise UsageError(f"{n} image{'s' * (n != 1)}; a Frechet distance needs at least 2")
-    features = extract_features(extractor, generated.batches(200))
+    features = extract_features(extractor, generated.batches())
     chosen = torch.randperm(len(features), generator=seeded_generator("generated"))[:n]  # a folder is sorted by class
     floor, ceiling, count = real.baselines(n)
     report = {
         "n": n, "metric": extractor.metric, "extractor": extractor.name, "extractor_hash": extractor.hash,
-        "generated": _distances(features[chosen], real.some("train", n), real.some("test", n)),
+        "generated": _distances(features[chosen], real.subset("train", n), real.subset("test", n)),
         "floor": dict(floor), "ceiling": ceiling, "ceiling_n": count,
     }
     if len(features) > n:
         for split in ("train", "test"):
-            report[f"fd_{split}_all"] = frechet_distance(_statistics(features), real.statistics[split])
+            report[f"fd_{split}_all"] = frechet_distance(fit_gaussian(features), real.gaussians[split])
         report["n_all"] = [len(features), len(real.train), len(real.test)]
     if getattr(extractor, "classes", None) == list(real.train.classes):  # it can read these labels
-        for key, rows, labels in (("generated", features, generated.labels),
-                                  ("floor", real.features["test"], real.test.labels)):
-            if labels is not None:
-                hit = extractor.logits(rows).argmax(1) == labels
-                report[key]["label_accuracy"] = float(hit.double().mean())
-                report[key]["label_accuracy_by_class"] = [
-                    round(float(hit[labels == k].double().mean()), 6) if (labels == k).any() else None
-                    for k in range(len(real.train.classes))]
+        report["floor"] |= _label_accuracy(extractor, real.features["test"], real.test.labels)
+        if generated.labels is not None:
+            report["generated"] |= _label_accuracy(extractor, features, generated.labels)
     if memorization:
         test = MemorizationTest(real.train.take().images, real.test.take().images,
                                 (real.features["train"], real.features["test"]), real.shifts, real.mirrored)
@@ -166,31 +160,34 @@ def evaluate(generated, real, memorization=True):
     return report
 
 
-def against(generated, real):
+def distances_to_all(generated, real):
     """The distances of one set of generated images to *all* training and test images, whatever its size.
 
-    Returns name -> number: `fd_train`, `fd_test`; `precision` and `recall` with as many training images. What real images
-    get in place of these is `real.floor`.
+    Returns name -> number: `fd_train`, `fd_test`; `precision` and `recall` with as many training images. The floor of
+    `fd_test` is `real.floor`.
     """
-    features = extract_features(real.extractor, generated.batches(200))
-    statistics = _statistics(features)
-    numbers = {f"fd_{split}": frechet_distance(statistics, real.statistics[split]) for split in ("train", "test")}
+    features = extract_features(real.extractor, generated.batches())
+    gaussian = fit_gaussian(features)
+    numbers = {f"fd_{split}": frechet_distance(gaussian, real.gaussians[split]) for split in ("train", "test")}
     n = min(len(features), len(real.train))
-    numbers["precision"], numbers["recall"] = precision_recall(real.some("train", n), features[:n])
+    numbers["precision"], numbers["recall"] = precision_recall(real.subset("train", n), features[:n])
     return numbers
+
+
+against = distances_to_all
 
 
 @torch.no_grad()
 def denoising_error(model, x_start, labels, sigmas, seed=0, batch_size=100):
     """Mean squared error of the denoised image at each noise level, E |D(x + sigma n; sigma, label) - x|^2 / values.
 
-    It means the same for every model of one space (pixels, or one autoencoder's latents), whatever it was trained to
-    predict and however its loss is weighted. The noise of an image and level is the same for every model.
+    Comparable between all models of one space (pixels, or one autoencoder's latents), whatever they predict and however
+    their losses are weighted. The noise of an image and level is the same for every model.
 
     Args:
         x_start: N x *model.img_shape, in the model's space, on its device; labels: N; sigmas: noise levels.
 
-    Returns a list, one number a noise level.
+    Returns a list, one number for each noise level.
     """
     totals = []
     for k, sigma in enumerate(sigmas):
@@ -202,15 +199,12 @@ def denoising_error(model, x_start, labels, sigmas, seed=0, batch_size=100):
     return totals
 
 
-def _statistics(features):
-    return FeatureStatistics(features.shape[1]).update(features)
-
-
 def _distances(features, train, test):
     """The metrics of one set against the real ones. test: None where the set is the test set."""
-    numbers = {"fd_train": frechet_distance(_statistics(features), _statistics(train))}
+    gaussian = fit_gaussian(features)
+    numbers = {"fd_train": frechet_distance(gaussian, fit_gaussian(train))}
     if test is not None:
-        numbers["fd_test"] = frechet_distance(_statistics(features), _statistics(test))
+        numbers["fd_test"] = frechet_distance(gaussian, fit_gaussian(test))
     size = min(KD_SUBSET, len(features))
     numbers["kd"], numbers["kd_std"] = kernel_distance(train, features, size, 50)
     if min(len(features), len(train)) > 3:
@@ -218,8 +212,16 @@ def _distances(features, train, test):
     return numbers
 
 
+def _label_accuracy(extractor, features, labels):
+    """Share of the images that the extractor's network gives the right label, of all and of each class."""
+    hit = extractor.logits(features).argmax(1) == labels
+    return {"label_accuracy": float(hit.double().mean()),
+            "label_accuracy_by_class": [round(float(hit[labels == k].double().mean()), 6) if (labels == k).any() else None
+                                        for k in range(len(extractor.classes))]}
+
+
 def _shifts(most):
-    """By how many pixels a copy of the centre may be shifted where crops differ from it by up to `most`."""
+    """The shifts, in pixels, at which copies of the centre are looked for; crops differ from it by up to `most`."""
     return (-1, 0, 1) if most < 2 else (-most, -most // 2, 0, most // 2, most)
 
 
