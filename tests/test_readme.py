@@ -123,13 +123,15 @@ def test_the_table_of_results_names_files():
             assert path.exists() or path.parent.joinpath(Path(names[0]).stem + name).exists(), name
 
 
-def test_the_handout_s_functions():
+def test_the_table_of_the_handout_names_what_exists():
     table = README.split("## The handout, item by item")[1].split("##")[0]
-    names = re.findall(r"`(\w+)\.(\w+)`", table)
-    found = [name for name in names if name[0] in ("DDPM", "UNet")]
-    assert len(found) == 5
-    for owner, method in found:
-        assert hasattr({"DDPM": libs.DDPM, "UNet": __import__("libs.unet").unet.UNet}[owner], method)
+    placed = re.findall(r"`([\w.]+)`(?: and `([\w.]+)`)? in \[`[^`]+`\]\(([^)]+)\)", table)
+    assert len(placed) >= 5
+    for first, second, path in placed:
+        for name in filter(None, (first, second)):
+            assert re.search(rf"(def|class) {name.split('.')[-1]}\b", (ROOT / path).read_text("utf-8")), name
+    for name in ("p_sample", "p_sample_loop", "compute_loss"):
+        assert f"`DDPM.{name}`" in table and name in vars(libs.DDPM)
 
 
 # ---- code/README.md
