@@ -1,8 +1,11 @@
 """The documents: every command parses, what is cheap also runs, every link leads somewhere."""
 
+import argparse
 import importlib.util
+import json
 import re
 import shlex
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -46,7 +49,7 @@ def commands(text):
 
 
 COMMANDS = [(document.relative_to(ROOT), words) for document in DOCUMENTS if document.is_file()
-            for words in commands(document.read_text("utf-8")) if words[0] != "./train.py"]  # the handout's form
+            for words in commands(document.read_text("utf-8"))]
 
 
 def test_the_commands_are_found():
@@ -54,15 +57,36 @@ def test_the_commands_are_found():
     assert len(COMMANDS) > 50 and {"code/train.py", "code/sample.py", "code/compare.py", "zip_submission.py"} <= found
 
 
+class Parsed(Exception):
+    """A script's arguments, in place of what it would do with them."""
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    original = argparse.ArgumentParser.parse_args
+
+    def stop(parser, argv=None, namespace=None):
+        raise Parsed(original(parser, argv, namespace))
+
+    def parse(module, argv):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *argv])
+        with pytest.raises(Parsed) as parsed:
+            module.main()
+        return parsed.value.args[0]
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    return parse
+
+
 @pytest.mark.parametrize("name", sorted({words[0] for _, words in COMMANDS}))
-def test_every_command_is_accepted(name, monkeypatch):
+def test_every_command_is_accepted(name, parse, monkeypatch):
     """By the script's own parser; train.py's settings by load_config; weights and configs that it names are there."""
     monkeypatch.chdir(ROOT)
     module = script(name)
     for document, (first, *argv) in COMMANDS:
         if first != name:
             continue
-        args = module.parse_args(argv)
+        args = parse(module, argv)
         if name == "code/train.py" and args.config and not OWN_RUN.search(args.config):
             libs.load_config(args.config, args.set)
         for before, word in zip(["", *argv], argv):
@@ -121,6 +145,21 @@ def test_the_table_of_results_names_files():
         for name in names:
             path = ROOT / "results" / name if "/" in name.rstrip("/") else folder / name
             assert path.exists() or path.parent.joinpath(Path(names[0]).stem + name).exists(), name
+
+
+def test_the_table_of_results_has_the_measured_numbers():
+    def row(name):
+        return next(line for line in README.splitlines() if line.startswith("|") and f"`{name}`" in line)
+
+    for folder in ("mnist_cpu", "mnist"):
+        report = json.loads((ROOT / "results" / folder / "evaluation.json").read_text())
+        numbers = (f"| {report['network_calls']} (", f"{report['generated']['fd_train']:.3f} | {report['floor']['fd_train']:.3f}",
+                   f"{100 * report['generated']['label_accuracy']:.2f} %")
+        assert all(number in row(f"{folder}.yaml") for number in numbers)
+    runs = json.loads((ROOT / "results/afhq_cpu/runs.json").read_text())
+    for kind, calls in (("EDM", 19), ("DDPM", 20)):
+        distances = [x["fd_test"] for x in runs["rows"] if (x["kind"], x["network_calls"]) == (kind, calls)]
+        assert f"{sum(distances) / len(distances):.3f} | {runs['floor']:.3f}" in row(f"afhq_cpu_{kind.lower()}.yaml")
 
 
 def test_the_table_of_the_handout_names_what_exists():

@@ -55,3 +55,20 @@ def test_the_report_can_be_filled(build):
         assert f" & {row['images_per_s']:.1f} & {row['peak_memory'] / 2 ** 30:.2f} & " in text
     assert len(re.findall(r"\\includegraphics", text)) == len(
         [name for name in re.findall(r"\\includegraphics\[[^]]*\]\{([^}]*)\}", text) if (build.RESULTS / name).is_file()])
+
+
+def test_help_builds_nothing(build, monkeypatch):
+    monkeypatch.setattr(build, "fill", lambda text: pytest.fail("the build was started"))
+    with pytest.raises(SystemExit) as done:
+        build.main(["--help"])
+    assert done.value.code == 0
+
+
+def test_the_report_names_files_that_exist():
+    source = (WRITEUP / "report.tex").read_text().replace("\\_", "_")
+    names = {name for text in re.findall(r"\\code\{([^}]*)\}", source)
+             for name in re.findall(r"(?<![\w/])[\w./]*\w\.(?:py|yaml|md|json|txt)\b", text)}
+    assert len(names) > 15
+    root = WRITEUP.parent
+    for name in names - {"config.txt"}:
+        assert any((folder / name).exists() for folder in (root, root / "code", root / "configs")), name
