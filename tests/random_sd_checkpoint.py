@@ -1,10 +1,11 @@
 """Make a checkpoint of Stable Diffusion 1.x with random weights: the official layout at the true size.
 
-python ./random_sd_checkpoint.py random.safetensors                    4.0 GiB in fp32, to try txt2img.py with
-python ./random_sd_checkpoint.py random.ckpt --half                    2.0 GiB in fp16
+python tests/random_sd_checkpoint.py random.safetensors                    4.0 GiB in fp32, to try txt2img.py with
+python tests/random_sd_checkpoint.py random.ckpt --half                    2.0 GiB in fp16
 
 The weights are scaled so that pictures are not flat and follow their prompt; they show nothing."""
 
+import json
 import math
 import os
 import sys
@@ -15,23 +16,23 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "code"))
 from libs.common.cli import Parser, check_output, run
 from libs.common.errors import UsageError
-from libs.common.files import save_tensors, atomic_file
+from libs.common.files import atomic_file, save_tensors
 from libs.common.seeds import seeded_generator
 from libs.stable_diffusion.checkpoint import AUTOENCODER, TEXT, UNET, build_parts, expected_shapes
 from libs.stable_diffusion.config import load_config
-from libs.stable_diffusion.files import write_safetensors
+from libs.stable_diffusion.files import DTYPES
 
-# of the schedule; a real file has them, no reader needs them
+# the noise schedule's tables, which a real file has too
 SCHEDULE = ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
             "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
             "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")
 POSITIONS = TEXT + "embeddings.position_ids"
-# layers whose weights are not just such that they keep the size of what they see
+# layers whose weights are scaled by more than 1 / sqrt(number of inputs)
 GAINS = {"attn2.to_q.": 2.0, "attn2.to_out.": 2.0, "decoder.conv_out.": 0.6, "encoder.conv_out.": 0.5}
 
 
 def layout(dtype, model=None):
-    """{name: (dtype, shape)}, the 1,145 tensors of a file like v1-5-pruned-emaonly. model: see load_checkpoint."""
+    """{name: (dtype, shape)}, the 1,145 tensors of a file like v1-5-pruned-emaonly."""
     specs = {name: (torch.float32, (1000,)) for name in SCHEDULE}
     specs |= {"model_ema.decay": (torch.float32, ()), "model_ema.num_updates": (torch.int32, ()),
               POSITIONS: (torch.int64, (1, 77))}
@@ -39,7 +40,7 @@ def layout(dtype, model=None):
 
 
 def random_tensor(name, shape, seed=0):
-    """A tensor of the file, fp32, a function of its name and the seed."""
+    """A tensor of the file, fp32; depends on its name and the seed alone."""
     if name == POSITIONS:
         return torch.arange(77)[None]
     if not name.startswith((UNET, AUTOENCODER, TEXT)):
@@ -53,8 +54,26 @@ def random_tensor(name, shape, seed=0):
     return noise * gain / math.sqrt(math.prod(shape[1:]))
 
 
+def write_safetensors(path, specs, make, metadata=None):
+    """Write a file tensor by tensor, so that only one is in memory at a time.
+
+    specs: {name: (dtype, shape)}; make(name) -> the tensor; metadata: {text: text}.
+    """
+    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
+    for name, (dtype, shape) in specs.items():
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps({"__metadata__": metadata or {}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, (dtype, shape) in specs.items():
+            tensor = make(name).to(dtype).contiguous()
+            f.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
 def write(path, dtype=torch.float32, seed=0, model=None):
-    """Write the file: .safetensors one tensor at a time, .ckpt from memory; whole or not at all."""
+    """Write the file: .safetensors one tensor at a time, .ckpt from memory. model: see load_checkpoint."""
     specs = layout(dtype, model)
     with tqdm(total=len(specs), disable=None) as bar:
         def make(name):
@@ -69,14 +88,14 @@ def write(path, dtype=torch.float32, seed=0, model=None):
                 save_tensors({"state_dict": state}, f)
 
 
-def main():
+def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("output", help="FILE.safetensors or FILE.ckpt")
     parser.add_argument("--half", action="store_true", help="fp16 in place of fp32")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
     parser.add_argument("--config", default=None, help="a config of txt2img.py with other sizes")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.output.endswith((".safetensors", ".ckpt")):
         raise UsageError(f"output: {args.output} must end in .safetensors or .ckpt")
     check_output(args.output, args.overwrite, "output")

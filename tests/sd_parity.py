@@ -1,11 +1,11 @@
-"""Stable Diffusion beside diffusers and transformers, on random weights. As a script, in code/: at the true size.
+"""Compare Stable Diffusion with diffusers and transformers, on random weights. As a script: at the true size.
 
-python ../tests/sd_parity.py random.safetensors [--size 256]     the file is made by ./random_sd_checkpoint.py
+python tests/sd_parity.py random.safetensors [--size 256]     random_sd_checkpoint.py makes the file
 
-It needs requirements-extra.txt, and ends with status 1 where a number is outside its limits.
+It needs requirements-extra.txt, and ends with status 1 if a number is outside its limits.
 
 The other side is theirs from end to end: their classes, weights through diffusers' own conversion of the keys, their
-schedulers; only the guidance between two calls is written here."""
+schedulers; only the guidance between two network calls is written here."""
 
 import importlib.util
 import math
@@ -20,12 +20,13 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import random_sd_checkpoint  # noqa: E402
 from libs.common.cli import Parser, positive, run  # noqa: E402
 from libs.common.errors import RunError, UsageError  # noqa: E402
+from libs.config import defaults_of  # noqa: E402
 from libs.data.images import to_uint8  # noqa: E402
 from libs.stable_diffusion import load_checkpoint, seeded  # noqa: E402
 from libs.stable_diffusion.autoencoder import LATENT_SCALE  # noqa: E402
-from libs.stable_diffusion.config import DEFAULTS, load_config  # noqa: E402
+from libs.stable_diffusion.config import SETTINGS, load_config  # noqa: E402
 from libs.stable_diffusion.files import read_tensors  # noqa: E402
-from libs.stable_diffusion.model import check_size  # noqa: E402
+from libs.stable_diffusion.model import check_settings  # noqa: E402
 
 BETAS = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 # what StableDiffusion's samplers are compared with
@@ -38,9 +39,9 @@ SCHEDULERS = {
     "euler": ("EulerDiscreteScheduler", dict(use_karras_sigmas=True)),
 }
 
+TRUE_SIZE = defaults_of(SETTINGS)["model"]
 # the true model with fewer channels and layers: all modules of the UNet and the autoencoder have the same names
-SMALL = {"unet": DEFAULTS["model"]["unet"] | {"dim": 32, "context_dim": 32},
-         "autoencoder": DEFAULTS["model"]["autoencoder"] | {"dim": 32},
+SMALL = {"unet": TRUE_SIZE["unet"] | {"dim": 32, "context_dim": 32}, "autoencoder": TRUE_SIZE["autoencoder"] | {"dim": 32},
          "text_encoder": {"width": 32, "layers": 2, "heads": 2}}
 
 
@@ -59,8 +60,8 @@ def their_unet(tensors, cfg):
         block_out_channels=[cfg["dim"] * m for m in cfg["dim_mults"]], layers_per_block=cfg["num_res_blocks"],
         down_block_types=["CrossAttnDownBlock2D" if i in cfg["attn_levels"] else "DownBlock2D" for i in levels],
         up_block_types=["CrossAttnUpBlock2D" if i in cfg["attn_levels"] else "UpBlock2D" for i in reversed(levels)],
-        attention_head_dim=cfg["num_heads"], cross_attention_dim=cfg["context_dim"])  # the number of heads, in spite of
-    return loaded(unet, convert_ldm_unet_checkpoint(dict(tensors), unet.config))     # its name
+        attention_head_dim=cfg["num_heads"], cross_attention_dim=cfg["context_dim"])  # in fact their number
+    return loaded(unet, convert_ldm_unet_checkpoint(dict(tensors), unet.config))
 
 
 def their_vae(tensors, cfg):
@@ -92,9 +93,9 @@ def loaded(model, state):
 
 
 class Theirs:
-    """The three models out of one checkpoint; `model` as in the config."""
+    """The three models of one checkpoint. model: their sizes, as in the config."""
 
-    def __init__(self, path, model=DEFAULTS["model"]):
+    def __init__(self, path, model=TRUE_SIZE):
         tensors = read_tensors(path)
         self.unet = their_unet(tensors, model["unet"])
         self.vae = their_vae(tensors, model["autoencoder"])
@@ -114,14 +115,14 @@ class Theirs:
 
     @torch.no_grad()
     def sample(self, ids, negative_ids, noise, sampler, steps, guidance_scale, whole_timesteps=False):
-        """Images in [0, 1]. whole_timesteps: round those of schedulers that do not."""
+        """Images in [0, 1]. whole_timesteps: round the scheduler's timesteps."""
         import diffusers
         kind, options = SCHEDULERS[sampler]
         scheduler = getattr(diffusers, kind)(**BETAS, **options)
         scheduler.set_timesteps(steps)
         if whole_timesteps:
             scheduler.timesteps = scheduler.timesteps.round()
-            scheduler.set_begin_index(0)  # which of two equal ones a step is at
+            scheduler.set_begin_index(0)  # two may be equal now: count them
         context = torch.cat([self.encode_text(negative_ids), self.encode_text(ids)])
         x = noise * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
@@ -132,7 +133,7 @@ class Theirs:
 
 
 def relative(ours, theirs):
-    """Largest difference, in units of their largest value."""
+    """Largest difference, in units of the largest value of `theirs`."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
@@ -143,32 +144,32 @@ def levels(a, b):
 
 
 class Report:
-    """Says each number; `end` fails where one was outside its limits."""
+    """Prints each number; `end` raises RunError if one was outside its limits."""
 
     def __init__(self):
         self.started, self.numbers, self.wrong = time.time(), 0, []
 
-    def say(self, text):
+    def print(self, text):
         print(f"{time.time() - self.started:4.0f} s  {text}", flush=True)
 
-    def __call__(self, what, value, at_least=0.0, at_most=math.inf):
+    def __call__(self, name, value, at_least=0.0, at_most=math.inf):
         self.numbers += 1
         limit = f"at most {at_most:g}" if at_most < math.inf else f"at least {at_least:g}"
-        right = at_least <= value <= at_most  # not so for nan
-        self.say(f"{what}: {value:.3g} ({limit}){'' if right else '  WRONG'}")
+        right = at_least <= value <= at_most  # False for nan
+        self.print(f"{name}: {value:.3g} ({limit}){'' if right else '  WRONG'}")
         if not right:
-            self.wrong.append(f"{what} is {value:.3g}, not {limit}")
+            self.wrong.append(f"{name} is {value:.3g}, not {limit}")
 
     def end(self):
         if self.wrong:
             raise RunError("; ".join(self.wrong))
-        self.say(f"all {self.numbers} numbers are within their limits")
+        self.print(f"all {self.numbers} numbers are within their limits")
 
 
 def compare(sd, theirs, size, steps, report):
     """The networks, then whole pictures of size x size pixels."""
     for name, part in (("UNet", sd.unet), ("autoencoder", sd.autoencoder), ("text encoder", sd.text_encoder)):
-        report.say(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
+        report.print(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
     prompts = ["a photograph of an astronaut riding a horse", "two cats on a red sofa, oil painting"]
     ids, noise = sd.tokenizer(prompts), seeded([0, 1])(0, (2, 4, size // 8, size // 8))
     with torch.no_grad():
@@ -195,18 +196,18 @@ def compare(sd, theirs, size, steps, report):
         report(f"{sampler}: no guidance moves it by", levels(ours, draw(guidance_scale=1.0))[1], at_least=5)
 
 
-def main():
+def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", help="the file of random_sd_checkpoint.py")
     parser.add_argument("--size", type=positive, default=256, help="pixels of the pictures (default 256)")
-    parser.add_argument("--steps", type=positive, default=20)
+    parser.add_argument("--steps", type=positive, default=20, help="of each sampler (default 20)")
     parser.add_argument("--config", default=None, help="a config of txt2img.py with other sizes")
-    args = parser.parse_args()
-    check_size(args.size, args.size)
+    args = parser.parse_args(argv)
+    check_settings("ddim", args.steps, args.size, args.size)
     for package in ("diffusers", "transformers"):
         if importlib.util.find_spec(package) is None:
-            raise UsageError(f"{package} is not here; `pip install -r requirements-extra.txt` fetches it")
-    model = load_config(args.config)["model"] if args.config else DEFAULTS["model"]
+            raise UsageError(f"{package} is not installed; `pip install -r requirements-extra.txt` installs it")
+    model = load_config(args.config)["model"] if args.config else TRUE_SIZE
     report, sd = Report(), load_checkpoint(args.checkpoint, model=model)
     compare(sd, Theirs(args.checkpoint, model), args.size, args.steps, report)
     report.end()

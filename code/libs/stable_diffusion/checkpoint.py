@@ -1,6 +1,5 @@
-"""From a file of Stable Diffusion 1.x, official layout, to a model. Every tensor is used, or ignored for a reason."""
+"""From a file of Stable Diffusion 1.x, official layout, to a model. Every tensor is used, or known to be unneeded."""
 
-import os
 import re
 
 import torch
@@ -8,8 +7,7 @@ import torch
 from ..blocks import SinusoidalPE
 from ..common.errors import UsageError
 from .autoencoder import AutoencoderKL
-from .files import aligned, read_tensors
-from .memory import check_memory
+from .files import read_tensors
 from .model import StableDiffusion
 from .text import TextEncoder, Tokenizer
 from .unet import SDUNet
@@ -17,88 +15,66 @@ from .unet import SDUNet
 UNET, AUTOENCODER, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
 PARTS = {UNET: ("unet", SDUNet), AUTOENCODER: ("autoencoder", AutoencoderKL), TEXT: ("text_encoder", TextEncoder)}
 
-# what a file may hold besides, and why it is not needed
+# tensors that a file may hold and that are not needed
 IGNORED = (
-    (r"(betas|alphas_cumprod(_prev)?|sqrt_\w+_cumprod|log_one_minus_alphas_cumprod|posterior_\w+|logvar)",
-     "of the noise schedule (worked out anew)"),
-    (r"cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids", "of positions (0 to 76)"),
-    (r"model_ema\..*", "of the weights' average"),
-    (r"first_stage_model\.loss\..*", "of the autoencoder's loss"),
-    (r"cond_stage_model\.(.*\.)?(logit_scale|text_projection(\.weight)?)", "for comparing texts with images"),
+    # the noise schedule, which is computed here
+    r"betas|alphas_cumprod(_prev)?|sqrt_\w+_cumprod|log_one_minus_alphas_cumprod|posterior_\w+|logvar",
+    r"cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids",  # 0 to 76
+    r"model_ema\..*",  # the weights' average, if it is not taken
+    r"first_stage_model\.loss\..*",
+    r"cond_stage_model\.(.*\.)?(logit_scale|text_projection(\.weight)?)",  # CLIP's, to compare texts with images
 )
 
-# (how a name begins, whose file has one): none is in a file of Stable Diffusion 1.x
+# how a tensor's name begins in files that are often taken for one of Stable Diffusion 1.x
 FAMILIES = (
-    (r"(.*[._])?lora[._]|lycoris_|.*\.(hada|lokr)_w", "a LoRA, a change to a model"),
+    (r"(.*[._])?lora[._]|lycoris_", "a LoRA, a change to a model"),
     (r"conditioner\.embedders\.", "Stable Diffusion XL"),
     (r"cond_stage_model\.model\.", "Stable Diffusion 2.x"),
-    (r"model\.diffusion_model\.label_emb\.", "Stable Diffusion XL"),  # and 2.x unCLIP's, which is caught above
-    (r"(.*\.)?joint_blocks\.", "Stable Diffusion 3"),
-    (r"(.*\.)?double_blocks\.", "Flux"),
-    (r"control_model\.", "a ControlNet"),
-    (r"emb_params", "a textual inversion, a word for a model"),
-    (r"(unet|vae|text_encoder)\.", "a model whose tensors have diffusers' names"),
-    (r"down_blocks\.|(en|de)coder\.(down|up)_blocks\.", "one part of a model in diffusers' folder layout"),
-    (r"(text_model\.)?encoder\.layers\.", "a text encoder alone"),
-    (r"decoder\.mid\.", "an autoencoder alone"),
-    (r"(model\.)?encoder\.0\.2\.", "this project's train.py, which sample.py draws from"),
+    (r"(unet|vae|text_encoder)\.|(encoder\.)?down_blocks\.", "a model whose tensors have diffusers' names"),
 )
-CHANNELS = {9: "an inpainting model", 8: "InstructPix2Pix", 5: "a depth-to-image model"}
 
 
-def load_checkpoint(path, dtype=None, device=None, ema=True, vocabulary=None, model=None):
+def load_checkpoint(path, dtype=None, device="cpu", ema=True, model=None):
     """The model in a file of Stable Diffusion 1.1 to 1.5, or fine-tuned from it: a StableDiffusion in eval mode.
 
     Weights that need no conversion stay in the mapped file, so that loading takes no memory for them.
 
     Args:
         path: .safetensors, or .ckpt, of which only tensors are read; fp32, fp16 or bf16.
-        dtype: of UNet and text encoder; None: fp16 on a GPU of NVIDIA's, else fp32. See `precision`.
-        device: where the model goes; None: the CPU.
-        ema: take the averaged weights where the file has them beside the plain ones; False: the plain ones.
-        vocabulary: see Tokenizer.
+        dtype: of UNet and text encoder; None: fp16 on an NVIDIA GPU, else fp32. The autoencoder is always fp32.
+        device: where the model goes.
+        ema: take the averaged weights if the file has them beside the plain ones; False: the plain ones.
         model: {"unet": {...}, "autoencoder": {...}, "text_encoder": {...}}, arguments for a model of other sizes.
 
     Raises:
-        UsageError: no such file, a damaged one, another model's, missing or unexpected tensors or wrong shapes
-            (counted, the first five named), too little memory.
+        UsageError: no such file, a damaged one, another model's, missing or unexpected tensors, wrong shapes.
     """
-    if os.path.isdir(path):
-        layout = "is diffusers' folder layout" if "model_index.json" in os.listdir(path) else "is a folder"
-        raise UsageError(f"checkpoint: {path} {layout}; it must be one file, .safetensors or .ckpt, such as "
-                         "v1-5-pruned-emaonly.safetensors")
-    device = torch.device(device or "cpu")
+    device = torch.device(device)
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    tokenizer = Tokenizer(vocabulary)
-    parts = build_parts(model)
     tensors = modern_names(read_tensors(path))
     check_family(path, tensors)
-    replaced = take_average(path, tensors, parts) if ema else None
-    ignored = check_tensors(path, tensors, parts)
-    if replaced:
-        ignored["of plain weights, as the averaged ones are taken"] = replaced
-    check_memory(device, weight_bytes(parts, dtype), "the model", "take half precision, or close other programs")
-
+    parts = build_parts(model)
+    averaged = ema and take_average(tensors, parts)
+    check_tensors(path, tensors, parts)
+    tokenizer = Tokenizer()
     for prefix, part in parts.items():
-        # to(): the tensor itself where nothing changes
-        part.load_state_dict({name: aligned(tensors.pop(prefix + name)).to(device, precision(prefix, dtype))
+        # to() returns the tensor itself if nothing changes
+        part.load_state_dict({name: tensors.pop(prefix + name).to(device, precision(prefix, dtype))
                               for name in part.state_dict()}, assign=True)
-    parts[UNET].time_pe = SinusoidalPE(parts[UNET].time_pe.dim).to(device, dtype)  # has no weights, but a buffer
+    parts[UNET].time_pe = SinusoidalPE(parts[UNET].time_pe.dim).to(device, dtype)  # its buffer is in no checkpoint
     sd = StableDiffusion(*parts.values(), tokenizer).to(device)
-    sd.weights = "plain" if replaced is None else "ema"
-    said = ", ".join(f"{counted(count)} {why}" for why, count in ignored.items())
-    sd.summary = f"{'' if replaced is None else 'averaged weights taken; '}ignored: {said or 'nothing'}"
+    sd.weights = "ema" if averaged else "plain"
     return sd
 
 
 def build_parts(model=None):
-    """{prefix in the checkpoint: module}, without memory for the weights."""
+    """{prefix in the checkpoint: module}, without memory for the weights. model: see `load_checkpoint`."""
     with torch.device("meta"):
         return {prefix: kind(**(model or {}).get(name, {})) for prefix, (name, kind) in PARTS.items()}
 
 
 def precision(prefix, dtype):
-    """The autoencoder is in fp32 always, since half precision overflows in some."""
+    """The autoencoder is always fp32, since in half precision some overflow."""
     return torch.float32 if prefix == AUTOENCODER else dtype
 
 
@@ -114,71 +90,47 @@ def expected_shapes(parts):
 
 
 def modern_names(tensors):
-    """Some fine-tuned files lack a level in the text encoder's names."""
-    old, new = "cond_stage_model.transformer.", TEXT
-    return {new + name[len(old):] if name.startswith((old + "embeddings.", old + "encoder.", old + "final_layer_norm."))
-            else name: t for name, t in tensors.items()}
+    """Some fine-tuned files lack the level "text_model." in the text encoder's names."""
+    pattern = re.compile(r"cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)")
+    return {pattern.sub(TEXT, name): tensor for name, tensor in tensors.items()}
 
 
 def check_family(path, tensors):
-    """Raise UsageError for another model's file, by name."""
-    found = next((what for pattern, what in FAMILIES if any(re.match(pattern, name) for name in tensors)), None)
+    """Raise UsageError for another model's file, by its name."""
+    family = next((family for pattern, family in FAMILIES if any(re.match(pattern, name) for name in tensors)), None)
     first = tensors.get(UNET + "input_blocks.0.0.weight")
-    if first is not None and first.dim() == 4 and first.shape[1] in CHANNELS:
-        found = f"{CHANNELS[first.shape[1]]} (its UNet takes {first.shape[1]} channels, not 4)"
-    if found:
-        raise UsageError(f"checkpoint: {path} is of {found}; this is for Stable Diffusion 1.1 to 1.5 and models "
+    if first is not None and tuple(first.shape[1:2]) == (9,):
+        family = "an inpainting model (its UNet takes 9 channels, not 4)"
+    if family:
+        raise UsageError(f"checkpoint: {path} is of {family}; this is for Stable Diffusion 1.1 to 1.5 and models "
                          "fine-tuned from them, in one file of the official layout")
 
 
-def take_average(path, tensors, parts):
-    """Put the UNet's averaged weights in place of the plain ones; returns how many of those there were, None without an
-    average. In the averages' names the official code leaves the dots out."""
-    names = {name: "model_ema." + name[len("model."):].replace(".", "") for name in expected_shapes(parts)
-             if name.startswith(UNET)}
-    missing = [average for average in names.values() if average not in tensors]
-    if len(missing) == len(names):
-        return None
-    if missing:
-        raise UsageError(f"checkpoint {path}: of the averaged weights {counted(len(missing), 'missing')} "
-                         f"({first_five(missing)}); take the plain ones (txt2img.py: --weights plain)")
-    replaced = sum(name in tensors for name in names)
-    for name, average in names.items():
-        tensors[name] = tensors.pop(average)
-    return replaced
+def take_average(tensors, parts):
+    """Put the UNet's averaged weights, if the file has them, in place of the plain ones; returns whether it has them.
 
-
-def counted(n, what=""):
-    """1 tensor, 2 tensors; 1 tensor is `what`, 2 tensors are `what`."""
-    return f"{n} tensor{'s' * (n != 1)}" + (f" {'is' if n == 1 else 'are'} {what}" if what else "")
-
-
-def first_five(names):
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    The official code leaves the dots out of the averages' names.
+    """
+    averages = {name: "model_ema." + name.removeprefix("model.").replace(".", "")
+                for name in expected_shapes(parts) if name.startswith(UNET)}
+    if not all(average in tensors for average in averages.values()):
+        return False
+    tensors |= {name: tensors[average] for name, average in averages.items()}
+    return True
 
 
 def check_tensors(path, tensors, parts):
-    """Raise UsageError unless the file has all tensors, in their shapes, and no unknown ones.
-
-    Returns {why: how many} of those that are not used.
-    """
-    shapes, ignored, unexpected = expected_shapes(parts), {}, []
-    for name in tensors.keys() - shapes.keys():
-        why = next((why for pattern, why in IGNORED if re.fullmatch(pattern, name)), None)
-        if why:
-            ignored[why] = ignored.get(why, 0) + 1
-        else:
-            unexpected.append(name)
-    problems = [("missing", [name for name in shapes if name not in tensors]), ("unexpected", sorted(unexpected)),
-                ("of another shape", [f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
-                                      for name, shape in shapes.items()
-                                      if name in tensors and tuple(tensors[name].shape) != shape]),
-                ("of whole numbers", [f"{name} {tensors[name].dtype}" for name in shapes if name in tensors
-                                      and not tensors[name].is_floating_point()])]
-    said = {what: f"{counted(len(names), what)} ({first_five(names)})" for what, names in problems if names}
-    if said.keys() == {"unexpected"}:
-        raise UsageError(f"checkpoint {path} has all tensors of Stable Diffusion 1.x, but {said['unexpected']}; what "
-                         "such a model draws is not known here, so it is refused")
-    if said:
-        raise UsageError(f"checkpoint {path} is not of Stable Diffusion 1.x: {'; '.join(said.values())}")
-    return dict(sorted(ignored.items()))
+    """Raise UsageError unless the file has all tensors, in their shapes, and no unknown ones."""
+    shapes = expected_shapes(parts)
+    problems = {
+        "missing": [name for name in shapes if name not in tensors],
+        "unexpected": sorted(name for name in tensors.keys() - shapes.keys()
+                             if not any(re.fullmatch(pattern, name) for pattern in IGNORED)),
+        "of another shape": [f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
+                             for name, shape in shapes.items() if name in tensors and tensors[name].shape != shape],
+        "of integers": [name for name in shapes if name in tensors and not tensors[name].is_floating_point()],
+    }
+    texts = [f"tensors {problem}: {len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+             for problem, names in problems.items() if names]
+    if texts:
+        raise UsageError(f"checkpoint {path} is not of Stable Diffusion 1.x: {'; '.join(texts)}")

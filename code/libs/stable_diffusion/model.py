@@ -1,40 +1,55 @@
-"""Stable Diffusion 1.x: prompt in, picture out, through the same samplers as every model here."""
+"""Stable Diffusion 1.x: prompt in, picture out, with the samplers of all models here."""
 
 import torch
 from torch import nn
 
-from ..ddpm import DDPM, quadratic_beta_schedule
 from ..common.errors import RunError, UsageError
+from ..ddpm import DDPM, quadratic_beta_schedule
 from ..samplers import draw_noise, image_generator
 from ..tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, TAESD, load_weights
 
 TIMESTEPS = 1000
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+SAMPLERS = {"dpmpp_2m": 20, "ddim": 50, "heun": 18, "euler": 50, "euler_ancestral": 50}  # name -> default steps
+
+# memory beside the weights, in bytes per pixel of the image: of a step (for each image and branch of guidance) and of
+# decoding one image, measured on a CPU in fp32 at 512 x 512; and what PyTorch takes for itself
+UNET_BYTES, DECODER_BYTES, OTHER_BYTES = 700, 4000, 200 * 2 ** 20
 
 
 def seeded(seeds):
     """A `generator` for `StableDiffusion.sample`: an image with this seed is the same in any batch."""
-    seeds = list(seeds)
-
     def generator(step, shape):
-        if len(seeds) != shape[0]:
-            raise UsageError(f"seeds: {len(seeds)} for a batch of {shape[0]}; it takes one for each prompt")
         return torch.cat([image_generator(seed, [0])(step, (1, *shape[1:])) for seed in seeds])
     return generator
 
 
-def check_size(height, width):
-    """Raise UsageError unless the autoencoder can make an image of this size."""
+def check_settings(sampler, steps, height, width):
+    """The number of steps, the sampler's default for None. Raises UsageError for what cannot be drawn."""
+    if sampler not in SAMPLERS:
+        raise UsageError(f"sampler: unknown {sampler!r}; there are {', '.join(SAMPLERS)}")
     for name, size in (("height", height), ("width", width)):
         if size % DOWNSCALE or size < DOWNSCALE:
-            near = [s for s in (size // DOWNSCALE * DOWNSCALE, (size // DOWNSCALE + 1) * DOWNSCALE) if s > 0]
-            raise UsageError(f"{name}: {size} is not a multiple of {DOWNSCALE}; the nearest sizes are "
-                             f"{' and '.join(map(str, near))} (512 suits the model, multiples of 64 suit it best)")
+            raise UsageError(f"{name}: {size} is not a multiple of {DOWNSCALE}; multiples of 64 near 512 suit the "
+                             "model best")
+    steps = SAMPLERS[sampler] if steps is None else steps
+    if steps < 1:
+        raise UsageError(f"steps: {steps} is too few; 1 is the least")
+    if sampler == "ddim" and not 800 <= ddim_timesteps(steps)[0] < TIMESTEPS:
+        raise UsageError(f"steps: {steps} would start ddim at timestep {ddim_timesteps(steps)[0]}, but pure noise is "
+                         "at 800 to 999; right are 5 to 250, 268 to 333, 401 to 500 and 800 to 999 steps")
+    return steps
 
 
-def leading_timesteps(steps):
-    """Those of diffusers' spacing "leading" with offset 1, from the noisiest: 1 + k * (1000 // steps)."""
+def ddim_timesteps(steps):
+    """1 + k * (1000 // steps), the noisiest first: diffusers' spacing "leading" with offset 1."""
     return [1 + k * (TIMESTEPS // steps) for k in reversed(range(steps))]
+
+
+def drawing_bytes(dtype, height, width, batch_size=1):
+    """Memory for drawing a batch of images, guided, beside the weights. dtype: of the UNet."""
+    step = UNET_BYTES * dtype.itemsize / 4 * 2 * batch_size
+    return int(height * width * max(step, DECODER_BYTES)) + OTHER_BYTES
 
 
 def load_taesd(decoder_path):
@@ -47,28 +62,26 @@ def load_taesd(decoder_path):
 class StableDiffusion(DDPM):
     """`.unet(x, t, context)`, `.autoencoder.encode(images in [-1, 1])` and `.decode(latents)`, `.encode_text(prompts)`.
 
-    A DDPM in latents whose network reads a text: of DDPM it has the way back, DDIM and the solvers, not the training.
-
-    Samplers and the schedulers of diffusers that draw the same, all with beta_schedule="scaled_linear",
-    beta_start=0.00085, beta_end=0.012:
+    A DDPM of latents whose network reads a text: it inherits the reverse process, not the training. Its samplers, and
+    the schedulers of diffusers that draw the same, all with beta_schedule="scaled_linear", beta_start=0.00085 and
+    beta_end=0.012:
 
     - "dpmpp_2m": DPMSolverMultistepScheduler(use_karras_sigmas=True, final_sigmas_type="zero");
-    - "heun", "euler": Heun- and EulerDiscreteScheduler(use_karras_sigmas=True), but for the timesteps, which are whole
-      numbers here (as with DPM++, there, too), and for the start: the noise times sqrt(1 + sigma_max^2), which is x_T,
-      here; times sigma_max, 0.2 % less, there;
-    - "ddim": DDIMScheduler(timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False, clip_sample=False).
-      The official code does the same where `steps` divides 1000; elsewhere it takes more steps than asked for. With
-      `spacing` the timesteps are those of our DDIM.
-    """
+    - "heun", "euler": HeunDiscreteScheduler and EulerDiscreteScheduler(use_karras_sigmas=True), with two differences:
+      timesteps are rounded to integers here, and the start is the noise times sqrt(1 + sigma_max^2), which is x_T,
+      where theirs is the noise times sigma_max, 0.2 % less;
+    - "ddim": DDIMScheduler(timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False, clip_sample=False). The
+      official code does the same if `steps` divides 1000; else it takes more steps than asked for.
 
-    SAMPLERS = {"dpmpp_2m": "solve", "ddim": "ddim", "heun": "solve", "euler": "solve", "euler_ancestral": "solve"}
+    Set `.vae` to a TAESD (`load_taesd`) to decode with it: a hundredth of the work, a little less detail.
+    """
 
     def __init__(self, unet, autoencoder, text_encoder, tokenizer):
         nn.Module.__init__(self)  # DDPM's would build a network for labels
         self.unet, self.autoencoder, self.text_encoder, self.tokenizer = unet, autoencoder, text_encoder, tokenizer
-        self.vae = None  # a TAESD to decode with in place of the autoencoder
-        self.weights = "plain"  # or "ema": which of a checkpoint's these are
-        self.timesteps, self.prediction, self.use_vae = TIMESTEPS, "eps", True
+        self.vae = None
+        self.weights = "plain"  # or "ema": which of a checkpoint's weights these are
+        self.timesteps, self.prediction = TIMESTEPS, "eps"
         abar = (1 - quadratic_beta_schedule(TIMESTEPS)).cumprod(0)
         self.register_buffer("sqrt_alphas_cumprod", abar.sqrt().float(), persistent=False)
         self.register_buffer("sqrt_one_minus_alphas_cumprod", (1 - abar).sqrt().float(), persistent=False)
@@ -79,19 +92,13 @@ class StableDiffusion(DDPM):
         """Of the UNet's weights. The sampler's state and the autoencoder are in fp32."""
         return self.unet.time_embed[0].weight.dtype
 
-    def use_taesd(self, decoder_path):
-        """Decode with the tiny autoencoder: a hundredth of the work, a little less detail."""
-        self.vae = load_taesd(decoder_path).to(self.sqrt_alphas_cumprod.device)
-
-    # ---- what the samplers call; their `label` is (tokens of the prompts, tokens of the negative prompts)
-
     @torch.no_grad()
     def encode_text(self, prompts):
-        """List of B texts -> B x 77 x 768. Tokens beyond 75 are cut off; `tokenizer.surplus` counts them."""
+        """List of B texts, or one text -> B x 77 x 768. Tokens beyond 75 are cut off; `tokenizer.surplus` counts them.
+        """
         return self.text_encoder(self.tokenizer(prompts).to(self.sqrt_alphas_cumprod.device))
 
-    def check_guidance(self, guidance_scale):
-        """Every scale works: the text encoder knows the empty prompt."""
+    # ---- what the samplers call; their `label` is (tokens of the prompts, tokens of the negative prompts)
 
     def guided(self, x, label, time, guidance_scale=1.0):
         """DDPM's, with the negative prompt in place of no label. Computed in the UNet's precision, mixed in x's."""
@@ -104,82 +111,64 @@ class StableDiffusion(DDPM):
         return uncond + guidance_scale * (cond - uncond)
 
     def sigma_to_time(self, sigma):
-        """DDPM's, to the nearest whole timestep: the network has seen no others."""
+        """DDPM's, rounded to a timestep: the network was trained on no others."""
         return super().sigma_to_time(sigma).round()
 
-    def ddim(self, x, labels, plan, generator=None, callback=None):
-        """DDIM over the timesteps 1 + k * (T // steps), down to timestep 0 instead of the image."""
-        if "spacing" in plan.options:
-            return super().ddim(x, labels, plan, generator, callback)
-        timesteps = leading_timesteps(plan.steps)
-        sigmas = self.sigmas.tolist()
+    def ddim(self, x, label, steps, guidance_scale, callback=None):
+        """DDIM (Song et al. 2020, eq. 12 without noise) from x_T = x down to timestep 0 instead of the image."""
+        a, s = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        timesteps = ddim_timesteps(steps)
         for k, (i, i_next) in enumerate(zip(timesteps, timesteps[1:] + [0])):
-            t = torch.full((len(x),), i, device=x.device, dtype=torch.long)
-            x = self.ddim_step(x, labels, t, i, i_next, plan.scale(sigmas[i]), generator, plan.options.get("eta", 0.0))
+            t = torch.full((len(x),), i, device=x.device)
+            eps = self.guided(x, label, t, guidance_scale)
+            x0 = (x - s[i] * eps) / a[i]  # "predicted x_0"
+            x = a[i_next] * x0 + s[i_next] * eps
             if callback:
-                callback(k + 1, plan.steps, x)
+                callback(k + 1, steps, x)
         return x
-
-    def plan(self, sampler=None, steps=None, guidance_scale=7.5, **options):
-        """Settings of `sample`, checked: see Diffusion.plan."""
-        plan = super().plan(sampler, steps, guidance_scale, **options)
-        if plan.sampler == "ddim" and "spacing" not in plan.options:
-            first = leading_timesteps(plan.steps)[0]
-            if not 800 <= first < TIMESTEPS:
-                raise UsageError(f"steps: {plan.steps} would start ddim at timestep {first}, but pure noise is at 800 "
-                                 "to 999; right are 5 to 250, 268 to 333, 401 to 500 and 800 to 999 steps")
-        return plan
-
-    def check_finite(self, x):
-        """Raise RunError if there are values that make no picture."""
-        if not x.isfinite().all():
-            name = next((name for name, dtype in DTYPES.items() if dtype == self.dtype), self.dtype)
-            remedy = {"fp16": "--dtype bf16 or fp32 has room for larger ones", "bf16": "try --dtype fp32"}.get(
-                name, "a smaller guidance scale may help, or the checkpoint's weights are damaged")
-            raise RunError(f"drawing in {name} gave values that are not finite, and so no picture; {remedy}")
-        return x
-
-    @torch.no_grad()
-    def postprocess(self, x):
-        """Latents B x 4 x H/8 x W/8 -> images B x 3 x H x W in [0, 1]; one by one, since this takes the most memory."""
-        if self.vae is not None:
-            return super().postprocess(x)
-        return torch.cat([((self.autoencoder.decode(z) + 1) / 2).clamp(0, 1) for z in x.split(1)])
 
     # ---- from a prompt to a picture
 
     @torch.no_grad()
-    def sample(self, prompts, negative_prompt="", height=512, width=512, sampler=None, steps=None, guidance_scale=7.5,
-               noise=None, generator=None, callback=None, **options):
+    def sample(self, prompts, negative_prompt="", height=512, width=512, sampler="dpmpp_2m", steps=None,
+               guidance_scale=7.5, noise=None, generator=None, callback=None):
         """Draw one image per prompt: list of B texts, or one text -> B x 3 x height x width in [0, 1].
 
         Args:
-            negative_prompt: what guidance leads away from: a text for all images, or B texts.
+            negative_prompt: what guidance leads away from, a text.
             height, width: pixels, multiples of 8.
-            sampler, steps: a key of `SAMPLERS`; None takes the first, and its default number of steps.
-            guidance_scale: 1 is the plain model, which does not look at the negative prompt.
+            sampler, steps: a key of SAMPLERS; None takes its default number of steps.
+            guidance_scale: 1 is the plain model, which does not see the negative prompt.
             noise: B x 4 x height/8 x width/8, standard normal: where the reverse process starts; None draws it.
             generator: see samplers.draw_noise; `seeded([...])` gives each image its own seed.
-            callback, options: see Diffusion.sample.
+            callback: called as callback(step, steps, x) after every step.
 
         Raises:
-            UsageError: a size that 8 does not divide, an unknown sampler or option, a value out of range, not as many
-                negative prompts, seeds or noises as prompts.
+            UsageError: see `check_settings`; not as many seeds or noises as prompts.
             RunError: values that are not finite, as half precision may give.
         """
-        check_size(height, width)
-        plan = self.plan(sampler, steps, guidance_scale, **options)
+        steps = check_settings(sampler, steps, height, width)
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
-        if len(negative) != len(prompts):
-            raise UsageError(f"negative_prompt: {len(negative)} texts for {len(prompts)} prompts; it takes one text "
-                             "for all, or one for each")
         like = self.sqrt_alphas_cumprod
         shape = len(prompts), LATENT_CHANNELS, height // DOWNSCALE, width // DOWNSCALE
-        if noise is None:
-            noise = draw_noise(generator, 0, like.new_empty(shape))
-        elif noise.shape != shape:
-            raise UsageError(f"noise: its shape is {list(noise.shape)}; prompts and size take {list(shape)}")
-        label = self.encode_text(prompts), self.encode_text(negative)
-        x = getattr(self, self.SAMPLERS[plan.sampler])(noise.to(like), label, plan, generator, callback)
-        return self.check_finite(self.postprocess(self.check_finite(x)))
+        noise = draw_noise(generator, 0, like.new_empty(shape)) if noise is None else noise.to(like)
+        if noise.shape != shape:
+            raise UsageError(f"noise: its shape is {list(noise.shape)}; prompts and size need {list(shape)}")
+        label = self.encode_text(prompts), self.encode_text([negative_prompt] * len(prompts))
+        if sampler == "ddim":
+            x = self.ddim(noise, label, steps, guidance_scale, callback)
+        else:
+            x = self.solve(noise, label, sampler, steps, guidance_scale, generator=generator, callback=callback)
+        if not x.isfinite().all():
+            name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+            raise RunError(f"drawing in {name} gave values that are not finite, and so no picture; "
+                           + ("--dtype bf16 or fp32 has room for larger ones" if name == "fp16" else
+                              "a smaller guidance scale may help, or the checkpoint's weights are damaged"))
+        return self.decode(x)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """B x 4 x H/8 x W/8 -> images B x 3 x H x W in [0, 1]; one by one, since this takes the most memory."""
+        if self.vae is not None:
+            return torch.cat([self.vae.decoder(z).clamp(0, 1) for z in latents.split(1)])
+        return torch.cat([((self.autoencoder.decode(z) + 1) / 2).clamp(0, 1) for z in latents.split(1)])

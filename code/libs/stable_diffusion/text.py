@@ -14,35 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..common.errors import UsageError, first_line
+from ..common.errors import UsageError
 
 LENGTH = 77  # tokens of a prompt, its start and its end among them
 VOCABULARY = 49408
-INSTALL = "pip install --no-deps open_clip_torch"  # its code is not used, and so not what that needs
 
 
 # ---- the tokenizer: byte pair encoding, Sennrich et al. 2016 (arXiv 1508.07909)
 
-def find_vocabulary():
-    """Path of CLIP's list of merges inside the package open_clip_torch, which is not imported."""
+def read_merges():
+    """CLIP's 48,894 pairs, the most frequent first, from a file of the package open_clip_torch (not imported)."""
     spec = importlib.util.find_spec("open_clip")
     if spec is None:
-        raise UsageError(f"vocabulary: CLIP's words are not here; `{INSTALL}` fetches them")
-    return os.path.join(os.path.dirname(spec.origin), "bpe_simple_vocab_16e6.txt.gz")
-
-
-def read_merges(path=None):
-    """CLIP's 48,894 pairs, the most frequent first. path: bpe_simple_vocab_16e6.txt.gz; None: `find_vocabulary`."""
-    path = path or find_vocabulary()
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as f:
-            lines = f.read().split("\n")
-    except (OSError, EOFError, ValueError) as e:
-        raise UsageError(f"vocabulary: cannot read {path} ({first_line(e)}); `{INSTALL}` fetches it") from None
-    merges = [tuple(line.split()) for line in lines[1:VOCABULARY - 512 - 2 + 1]]  # a title, and more than CLIP uses
-    if len(merges) != VOCABULARY - 512 - 2 or any(len(pair) != 2 for pair in merges):
-        raise UsageError(f"vocabulary: {path} is not CLIP's bpe_simple_vocab_16e6.txt.gz")
-    return merges
+        raise UsageError("CLIP's vocabulary is missing; `pip install --no-deps open_clip_torch` installs it")
+    path = os.path.join(os.path.dirname(spec.origin), "bpe_simple_vocab_16e6.txt.gz")
+    with gzip.open(path, "rt", encoding="utf-8") as f:
+        lines = f.read().split("\n")
+    return [tuple(line.split()) for line in lines[1:VOCABULARY - 512 - 2 + 1]]  # a title, and more than CLIP uses
 
 
 def byte_symbols():
@@ -82,13 +70,10 @@ def split_words(text):
 
 
 class Tokenizer:
-    """Prompts -> token numbers, B x 77: start, at most 75 tokens, end, and more ends up to the length.
+    """Prompts -> token numbers, B x 77: start, at most 75 tokens, end, and more ends up to the length."""
 
-    vocabulary: path of CLIP's bpe_simple_vocab_16e6.txt.gz; None takes it from the package open_clip_torch.
-    """
-
-    def __init__(self, vocabulary=None):
-        merges = read_merges(vocabulary)
+    def __init__(self):
+        merges = read_merges()
         self.bytes = byte_symbols()
         symbols = list(self.bytes.values())
         names = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
