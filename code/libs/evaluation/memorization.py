@@ -164,16 +164,23 @@ class Space:
             authentic_generated, authentic_held_out: Alaa et al. 2022: the share of images that are farther from their
                 nearest training image than that one is from its own.
         """
-        (d, i), (d_h, i_h) = ((f[0][:, 0], f[1][:, 0]) for f in (found, self.of_held_out))
+        d, d_h = (f[0][:, 0] for f in (found, self.of_held_out))
         centres, cell = self.cells
         median, median_h = float(d.median()), float(d_h.median())
-        targets, which = torch.cat([i, i_h]).unique(return_inverse=True)
-        own = nearest(self.train[targets], self.train, 1, targets)[0][which, 0]
-        authentic, authentic_h = (torch.cat([d, d_h]) > own).double().split([len(d), len(d_h)])
         return {"median_generated": median, "median_held_out": median_h,
                 "ratio": median / median_h if median_h else None,
                 "C_T": c_t(d, d_h, cell_of(generated, centres), cell),
-                "authentic_generated": float(authentic.mean()), "authentic_held_out": float(authentic_h.mean())}
+                "authentic_generated": self._authentic(found), "authentic_held_out": self.authentic_held_out}
+
+    @cached_property
+    def authentic_held_out(self):
+        return self._authentic(self.of_held_out)
+
+    def _authentic(self, found):
+        distance, index = found[0][:, 0], found[1][:, 0]
+        neighbours, position = index.unique(return_inverse=True)
+        own = nearest(self.train[neighbours], self.train, 1, neighbours)[0][:, 0]
+        return float((distance > own[position]).double().mean())
 
 
 # ---- from counts to the verdict
