@@ -266,14 +266,6 @@ def test_no_room(data, monkeypatch, kind):
     assert "dataset.latent_crops=0" in message
 
 
-def test_in_double_precision():
-    """`dtype: fp64` is for comparing runs to the last digit."""
-    model, images = autoencoder(), torch.rand(2, 3, 32, 32)
-    single = model.encode(images)
-    assert torch.allclose(model.double().encode(images).float(), single, atol=1e-5)
-    assert model.encode(images).dtype == torch.float64
-
-
 # ---- train.py
 
 def test_train_writes_nothing_into_the_image_folder(tmp_path, monkeypatch, capsys):

@@ -1,76 +1,80 @@
-"""Training of TAESD (tiny_autoencoder.py) on one's own images: settings, crops, loss, and how good the result is."""
+"""Training of TAESD (tiny_autoencoder.py) on one's own images: settings, crops, loss, and measures of quality."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import complete_config, load_config
-from ..datasets import FOLDERS, build_dataset
 from ..common.errors import UsageError
-from .optimizers import Muon
 from ..common.seeds import seeded_generator
+from ..config import complete_config, read_yaml, set_values
+from ..datasets import FOLDERS, build_dataset
 from ..tiny_autoencoder import DOWNSCALE, TAESD, Block
 
 GRID_ROW = 5  # reconstructions in each row of a run's grids
-NAME = "TAESD"  # model_name in its checkpoints: train.py and sample.py refuse them, and this refuses theirs
+NAME = "TAESD"  # model_name in its checkpoints, which train.py and sample.py refuse
 
-# the settings of libs/config.py that say something here; training starts from vae_*_weights, at random where null
+# the settings of libs/config.py that the autoencoder has; training starts from vae_*_weights, at random where null
 USED = {
     "dataset": ("name", "data_folder", "img_size", "limit"),
-    "model": ("vae_encoder_weights", "vae_decoder_weights"),
+    "model": ("use_vae", "vae_encoder_weights", "vae_decoder_weights"),
     "train_cfg": ("lr", "epochs", "num_eval_samples", "warmup", "lr_schedule", "optimizer", "betas", "weight_decay",
                   "clip_grad_norm", "ema_decay", "keep_last"),
     "eval": (), "sample_cfg": (),
 }
 
 # the recipe
-WHOLE_FROM = 0.7  # part of the training after which it sees whole images in place of crops
-LATENT_NOISE = 0.05  # standard deviation of what the latents get on their way: no diffusion model is exact either
+WHOLE_FROM = 0.7  # the part of the training that sees crops; the rest sees whole images
+LATENT_NOISE = 0.05  # standard deviation of the noise on latents: those of a diffusion model are not exact either
 EDGES = 0.1  # weight of the differences between neighbouring pixels
 LATENTS = 0.1  # weight of the latents' mean 0 and standard deviation 1
 FREE = 2.5  # latents beyond this are pulled back: TAESD's decoder clamps at 3
 
 
 def load_settings(path, overrides=()):
-    """`load_config`, less the settings that say nothing to an autoencoder.
+    """The configuration of one run, as config.load_config reads it; see `complete_settings`."""
+    return complete_settings(set_values(read_yaml(path), overrides))
 
-    Raises UsageError as that does, for a setting that is not in USED, and for images that cannot be halved.
+
+def complete_settings(given):
+    """`complete_config`, with the sections and keys in USED alone.
+
+    Raises UsageError as that does, for a key that is not in USED, and for images that cannot be halved.
     """
-    given = load_config(path, overrides)
-    data = given["dataset"]
+    config = complete_config({**given, "model_name": "DDPM"})
+    for section, used in USED.items():
+        for key in given.get(section) or ():
+            if key not in used:
+                raise UsageError(f"config: {section}.{key} is no setting of the autoencoder's training"
+                                 + (f"; {section} has {', '.join(used)}" if used else ""))
+    data = config["dataset"]
     if data["name"] not in FOLDERS:
         raise UsageError(f"config: dataset.name is {data['name']}; the autoencoder learns from a folder of "
                          f"photographs: one of {', '.join(FOLDERS)}")
-    defaults = complete_config({"model_name": given["model_name"], "dataset": {"name": data["name"]}})
-    size = data["img_size"] = given["model"].pop("img_shape")[-1]
+    size = data["img_size"] = config["model"]["img_shape"][-1]
     if size % (2 * DOWNSCALE):
         raise UsageError(f"config: dataset.img_size is {size}; it must be a multiple of {2 * DOWNSCALE}, as the "
                          "autoencoder learns from crops of half that side, which it divides by 8")
-    config = {key: value for key, value in given.items() if key not in USED} | {"model_name": NAME}
     for section, used in USED.items():
-        for key, value in given[section].items():
-            if key not in used and value != defaults[section][key]:
-                raise UsageError(f"config: {section}.{key} is no setting of the autoencoder's training"
-                                 + (f"; {section} has {', '.join(used)}" if used else ""))
+        values = config.pop(section)
         if used:
-            config[section] = {key: given[section][key] for key in used}
-    config["model"]["use_vae"] = False  # it is one, and does not learn from one
-    return config
+            config[section] = {key: values[key] for key in used}
+    config["model"]["use_vae"] = False  # this is the autoencoder itself
+    return config | {"model_name": NAME}
 
 
 # ---- data
 
 def load_images(data, split, limit=None):
-    """ImageDataset of a config's `dataset` section: images in [0, 1], whole until its `img_size` is set to less."""
+    """ImageDataset of a config's `dataset` section: whole images in [0, 1]; a smaller `img_size` makes crops."""
     size = data["img_size"]
     return build_dataset(data["name"], split, data["data_folder"], size, (0, 1), limit, stored_size=size)[0]
 
 
 def draw_crops(dataset, config, step, total_steps, device):
-    """What update `step` learns from, a function of (seed, step) alone.
+    """The images of update `step` and the noise on their latents, a function of (seed, step) alone.
 
-    First `loader.batch_size` crops of half the images' side, at last a quarter as many whole images. Crops are more
-    different from each other, and learnt from faster; but none of their pixels is far from a border, as most will be.
+    First `loader.batch_size` crops of half the images' side, then a quarter as many whole images. Learning from crops is
+    faster, as they differ more; but all their pixels are near a border, unlike most pixels of whole images.
 
     Returns (images B x 3 x S x S in [0, 1], noise B x 4 x S/8 x S/8), on `device`.
     """
@@ -86,10 +90,7 @@ def draw_crops(dataset, config, step, total_steps, device):
 # ---- the model and its loss
 
 class TrainedTAESD(nn.Module):
-    """TAESD with gradients, as `.model`; called, it gives its loss.
-
-    A path of None lets that half start from random weights.
-    """
+    """TAESD with gradients, as `.model`; its `forward` is the loss. A path of None starts that half at random."""
 
     def __init__(self, encoder_path=None, decoder_path=None):
         super().__init__()
@@ -99,10 +100,10 @@ class TrainedTAESD(nn.Module):
                 initialize(half)
 
     def forward(self, images, noise):
-        """Terms of the loss, by name: scalars, already weighted. See draw_crops for the arguments."""
+        """The terms of the loss by name: weighted scalars. See draw_crops for the arguments."""
         latents = self.model.encoder(images)
         error = self.model.decoder(latents + LATENT_NOISE * noise).to(images.dtype) - images
-        latents = latents.to(images.dtype)  # autocast's results are rounded, these sums are not
+        latents = latents.to(images.dtype)  # out of autocast's precision for the sums
         std, mean = torch.std_mean(latents, (0, 2, 3))
         return {
             "pixels": distance(error),
@@ -113,13 +114,13 @@ class TrainedTAESD(nn.Module):
 
 
 def distance(error):
-    """Mean over images of the root of the mean square: PSNR's measure, and every image counts alike."""
+    """Root mean square of each image, averaged: unlike the mean square it weighs all images alike, as PSNR does."""
     return (error.square().mean((1, 2, 3)) + 1e-4).sqrt().mean()
 
 
 @torch.no_grad()
 def initialize(half):
-    """Random weights of an encoder or decoder: every block starts as the identity, and images as grey."""
+    """Random weights of an encoder or decoder: blocks start as the identity, images as grey."""
     for module in half.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -133,19 +134,12 @@ def initialize(half):
         half[-1].bias += 0.5
 
 
-def build_optimizer(model, cfg, device):
-    """As optimizers.build_optimizer, for TAESD: Muon is for what lies between its ends, kernels of 64 x 64 channels."""
-    options = {"lr": cfg["lr"], "betas": cfg["betas"], "weight_decay": cfg["weight_decay"],
-               "fused": device.type in ("cpu", "cuda")}
-    if cfg["optimizer"] == "adamw":
-        return torch.optim.AdamW(model.parameters(), **options)
-    ends, hidden = [], []
-    for p in model.parameters():
-        (hidden if p.dim() == 4 and p.shape[0] == p.shape[1] else ends).append(p)
-    return Muon([{"params": hidden, "orthogonal": True}, {"params": ends, "orthogonal": False}], **options)
+def is_hidden_kernel(name, p):
+    """Whether Muon is meant for a weight of TAESD: a kernel of 64 x 64 channels, of neither end."""
+    return p.dim() == 4 and p.shape[0] == p.shape[1]
 
 
-# ---- how good it is
+# ---- quality
 
 def psnr(images, others):
     """Peak signal-to-noise ratio in dB of each image, B x C x H x W in [0, 1] -> B: 10 log10(1 / mean square error)."""
@@ -177,28 +171,27 @@ def evaluate(model, dataset, device, n=None, keep=0):
 
     Args:
         model: TAESD.
-        n: so many images, spread over the set; None: all.
-        keep: so many of them are returned.
+        n: number of images, spread over the set; None: all.
+        keep: number of images that are returned.
 
     Returns:
-        ({"psnr" in dB and "ssim": means over the images; "latents": {"mean", "std": of each channel, "largest":
-        absolute value, "beyond_2.5": share of all}}, images keep x 3 x S x S, reconstructions like them, on the CPU).
+        (figures, images keep x 3 x S x S, their reconstructions), the latter two on the CPU. figures: "psnr" in dB and
+        "ssim", means over the images; "latents": "mean" and "std" of each channel, the "largest" absolute value, and
+        "beyond_2.5", the share that is larger than 2.5.
     """
     index = torch.linspace(0, len(dataset) - 1, min(n or len(dataset), len(dataset))).long()
-    like = next(model.parameters()).dtype
     values, latents, kept = [], [], []
     for part in index.split(16):
-        images = dataset.batch(part)[0].to(device, like)
+        images = dataset.batch(part)[0].to(device)
         latents.append(model.encoder(images))
         others = model.decoder(latents[-1]).clamp(0, 1)
         values.append(torch.stack([psnr(images, others), ssim(images, others)]))
-        if sum(len(pair[0]) for pair in kept) < keep:
-            kept.append((images.cpu(), others.cpu()))
+        kept.append((images[:keep].cpu(), others[:keep].cpu()))
+        keep -= len(kept[-1][0])
     latents = torch.cat(latents)
     std, mean = torch.std_mean(latents, (0, 2, 3))
-    size = latents.abs()
     figures = dict(zip(("psnr", "ssim"), torch.cat(values, 1).mean(1).tolist()))
-    figures["latents"] = {"mean": mean.tolist(), "std": std.tolist(), "largest": float(size.max()),
-                          "beyond_2.5": float((size > 2.5).float().mean())}
-    images, others = (torch.cat(x)[:keep] for x in zip(*kept)) if kept else (images[:0].cpu(),) * 2
+    figures["latents"] = {"mean": mean.tolist(), "std": std.tolist(), "largest": float(latents.abs().max()),
+                          "beyond_2.5": float((latents.abs() > 2.5).float().mean())}
+    images, others = (torch.cat(x) for x in zip(*kept))
     return figures, images, others
