@@ -218,10 +218,7 @@ def load_config(path, overrides=()):
     Raises:
         UsageError: naming the file or key, the value, and what would be right.
     """
-    given = read_yaml(path)
-    for item in overrides:
-        _set(given, item)
-    return complete_config(given)
+    return complete_config(set_values(read_yaml(path), overrides))
 
 
 def complete_config(given):
@@ -259,20 +256,24 @@ def read_yaml(path):
     return given or {}
 
 
-def _set(given, item):
-    key, sign, value = item.partition("=")
-    if not sign or not key:
-        raise UsageError(f"--set: {item!r} is not of the form key.sub=value")
-    try:
-        value = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError):
-        raise UsageError(f"--set {key}: {value!r} is no YAML value") from None
-    *parents, last = key.strip().split(".")
-    for name in parents:
-        given = given.setdefault(name, {})
-        if not isinstance(given, dict):
-            raise UsageError(f"--set {key}: {name} is no section")
-    given[last] = value
+def set_values(given, overrides):
+    """`given` with the values of `--set key.sub=value`. Raises UsageError."""
+    for item in overrides:
+        key, sign, value = item.partition("=")
+        if not sign or not key:
+            raise UsageError(f"--set: {item!r} is not of the form key.sub=value")
+        try:
+            value = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError):
+            raise UsageError(f"--set {key}: {value!r} is no YAML value") from None
+        *parents, last = key.strip().split(".")
+        section = given
+        for name in parents:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise UsageError(f"--set {key}: {name} is no section")
+        section[last] = value
+    return given
 
 
 def nearest_word(word, words):

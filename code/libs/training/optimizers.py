@@ -5,22 +5,26 @@ from collections import defaultdict
 import torch
 
 
-def build_optimizer(model, cfg, device):
-    """The optimizer that `train_cfg` names, over the UNet's weights; AdamW in one fused kernel where there is one."""
+def build_optimizer(network, cfg, device, is_hidden=None):
+    """The optimizer that `train_cfg` names, over the network's weights; AdamW in one fused kernel where there is one.
+
+    is_hidden: (name, parameter) -> whether Muon is meant for it; None: `is_hidden_kernel`.
+    """
     options = {"lr": cfg["lr"], "betas": cfg["betas"], "weight_decay": cfg["weight_decay"],
                "fused": device.type in ("cpu", "cuda")}
     if cfg["optimizer"] == "adamw":
-        return torch.optim.AdamW(model.model.parameters(), **options)
+        return torch.optim.AdamW(network.parameters(), **options)
+    is_hidden = is_hidden or is_hidden_kernel
     hidden, rest = [], []
-    for name, p in model.model.named_parameters():
-        (hidden if is_hidden_kernel(name, p) else rest).append(p)
+    for name, p in network.named_parameters():
+        (hidden if is_hidden(name, p) else rest).append(p)
     return Muon([{"params": hidden, "orthogonal": True}, {"params": rest, "orthogonal": False}], **options)
 
 
 def is_hidden_kernel(name, p):
-    """Whether Muon is meant for a weight of the UNet: a convolution's, but of neither end.
+    """Whether a weight of the UNet is a convolution's, but of neither end.
 
-    Attention and embeddings hold few of the weights: the time it takes is better spent on the kernels.
+    Attention and embeddings hold few of the weights: the time Muon takes is better spent on the kernels.
     """
     return p.dim() == 4 and not name.startswith(("conv_in.", "final_conv."))
 

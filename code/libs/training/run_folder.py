@@ -1,32 +1,37 @@
-"""What a run leaves behind: checkpoints, sample grids, curves for TensorBoard, lines on the terminal."""
+"""What a run leaves behind: checkpoints, sample grids, curves in TensorBoard, lines on the terminal."""
 
 import os
 import shlex
 import sys
 import time
+from contextlib import contextmanager
 
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from ..common.checkpoint import (check_resumable, checkpoint_name, find_checkpoint, remove_old_checkpoints,
-                             save_checkpoint)
+from ..common.checkpoint import checkpoint_name, remove_old_checkpoints, save_checkpoint
+from ..common.errors import UsageError, display_path
 from ..config import portable
-from ..drawing import sample_grid
-from ..common.errors import RunError, UsageError, display_path
-from ..evaluation.report import evaluate_model
-from ..models import load_weights
-from ..common.seeds import rng_state, set_rng_state
-from .update import as_written
+from ..models import network_calls, sample_grid, sampling_settings
+from .device import eager, peak_memory
+from .update import AverageMeter, TenthsMeter
+
+CHEAP_GRID = 100  # network calls an image: so many are drawn twice, from averaged and raw weights
+
+
+class Stopped(Exception):
+    """A signal arrived while a sample grid was drawn."""
 
 
 class RunFolder:
-    """Everything that train.py writes. One of several processes writes (`active`), the others' calls do nothing."""
+    """Everything that a training run writes. One of several processes is `active`, the others' calls do nothing."""
 
-    def __init__(self, path, config, step, total_steps, batch_size, active=True):
-        self.path, self.config, self.active, self.last_good = path, config, active, None
-        self.bar = tqdm(total=total_steps, initial=step, unit_scale=batch_size, unit="img",
+    def __init__(self, path, config, trainer, batch_size, args, active=True):
+        self.path, self.config, self.trainer, self.args, self.active = path, config, trainer, args, active
+        self.last_checkpoint, self.first_step, self.grids = None, trainer.step, 0
+        self.bar = tqdm(total=trainer.total_steps, initial=trainer.step, unit_scale=batch_size, unit="img",
                         disable=None if active else True)
         if not active:
             return
@@ -38,65 +43,62 @@ class RunFolder:
         except OSError as e:
             raise UsageError(f"output_folder: cannot write {path} ({e.strerror})") from None
         remove_old_checkpoints(path, None)
+        step = trainer.step
         self.board = SummaryWriter(os.path.join(path, "logs"), purge_step=step + 1 if step else None)
         self.board.add_text("config", f"```\n{text}```", step)
 
-    def say(self, line):
+    def print(self, line):
         if self.active:
             self.bar.write(line)
 
-    def scalars(self, values, step):
+    def scalars(self, values):
         for tag, value in values.items() if self.active else ():
-            self.board.add_scalar(tag, value, step)
+            self.board.add_scalar(tag, value, self.trainer.step)
 
-    def save(self, progress, model, ema, optimizer, updater, is_final=False):
-        """A checkpoint; returns its path. progress: {"epoch", "batch", "step", ...}.
-
-        Raises RunError where weights are not finite: the file before this one is better.
-        """
-        if not self.active:
-            return None
-        bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-        if bad:
-            raise RunError(f"the weights are not finite any more ({bad[0]}) at update {progress['step']}; "
-                           + (f"resume from {display_path(self.last_good)}" if self.last_good else "start again")
-                           + " with a lower train_cfg.lr")
-        state = {**progress, "config": portable(self.config),
-                 "state_dict": model.state_dict(), "state_dict_ema": ema.module.state_dict(),
-                 "optimizer": optimizer.state_dict(), "scaler": updater.state_dict(), "rng": rng_state()}
-        name = checkpoint_name(progress["epoch"], progress["batch"])
-        save_checkpoint(state, is_final, self.path, name)
-        remove_old_checkpoints(self.path, self.config["train_cfg"]["keep_last"])
-        self.last_good = os.path.join(self.path, name)
-        return self.last_good
-
-    def sample(self, model, ema, epoch, step, device):
-        """Grids: of the averaged weights into the folder, of both onto the board."""
-        if self.active:
-            grid = sample_grid(ema.module, self.config, device)
-            save_image(grid, os.path.join(self.path, f"sample-{epoch - 1}.png"))
-            self.board.add_image("samples/ema", grid, step)
-            with as_written(model):
-                self.board.add_image("samples/raw", sample_grid(model, self.config, device), step)
-            self.say(f"saved {display_path(self.last_good)} and sample-{epoch - 1}.png")
-
-    def update(self, done, left):
-        """One update more on the bar; after 40 of this process, once, how long the `left` ones will take."""
+    def progress(self):
+        """One update more on the bar; after 40 of this process, once, the time that the rest will take."""
         self.bar.update()
+        done = self.trainer.step - self.first_step
         if done == 10:  # the first updates are slower than those to come
             self.warm = time.time()
         elif done == 40:
-            self.say(f"about {(time.time() - self.warm) / 30 / 60 * left:.0f} minutes lie ahead")
+            minutes = (time.time() - self.warm) / 30 / 60 * (self.trainer.total_steps - self.trainer.step)
+            self.print(f"about {minutes:.0f} minutes remain" if minutes >= 1 else "less than a minute remains")
 
-    def evaluate(self, ema, real, epoch, step, device):
-        """Every `eval.every` epochs: Frechet distance and the like of a few samples of the averaged weights.
+    def save(self, facts, is_final=False):
+        """A checkpoint; returns its path. facts: plain values beside the trainer's state."""
+        if not self.active:
+            return None
+        trainer = self.trainer
+        trainer.check_weights(self.last_checkpoint and display_path(self.last_checkpoint))
+        state = {**trainer.state_dict(), **facts, "config": portable(self.config),
+                 "ckpt_freq": self.args.ckpt_freq, "print_freq": self.args.print_freq}
+        name = checkpoint_name(trainer.epoch, trainer.batch)
+        save_checkpoint(state, is_final, self.path, name)
+        remove_old_checkpoints(self.path, self.config["train_cfg"]["keep_last"])
+        self.last_checkpoint = os.path.join(self.path, name)
+        return self.last_checkpoint
 
-        real: RealImages, or None in a run without.
+    def sample(self, signals):
+        """Grids: of the averaged weights into the folder, of both onto the board. A DDPM's are drawn by Algorithm 2.
+
+        Left out, with the exception Stopped, when a signal arrives between two steps of the sampler.
         """
-        if real and epoch % self.config["eval"]["every"] == 0:
-            scores = evaluate_model(ema.module, self.config, real, device)
-            self.scalars({f"eval/{tag}": value for tag, value in scores.items()}, step)
-            self.say(f"epoch {epoch}  " + "  ".join(f"{tag} {value:.3f}" for tag, value in scores.items()))
+        if not self.active:
+            return
+        trainer, config = self.trainer, self.config
+        sampler = config["sample_cfg"]["sampler"] or {"DDPM": "ddpm"}.get(config["model_name"])
+        settings = sampling_settings(trainer.model, config, sampler=sampler)
+        name = f"sample-{trainer.epoch - 1}.png"
+        watch = _GridWatch(self, signals)
+        grid = sample_grid(trainer.ema.module, config, settings, trainer.device, watch)
+        save_image(grid, os.path.join(self.path, name))
+        self.board.add_image("samples/ema", grid, trainer.step)
+        if trainer.device.type == "cuda" or network_calls(trainer.model, settings) <= CHEAP_GRID:
+            with eager(trainer.model):
+                raw = sample_grid(trainer.model, config, settings, trainer.device, watch)
+            self.board.add_image("samples/raw", raw, trainer.step)
+        self.print(f"epoch {trainer.epoch}: saved {display_path(self.last_checkpoint)} and {name} (files count from 0)")
 
     def close(self):
         self.bar.close()
@@ -104,47 +106,84 @@ class RunFolder:
             self.board.close()
 
 
-def find_place(args, config):
-    """(run folder, the checkpoint that --resume asks for or None, what is in it). Raises UsageError."""
-    if args.resume and args.output:
-        raise UsageError(f"--output: {args.output} cannot be given with --resume, which goes on in the same folder")
-    if args.resume:
-        path, state = find_checkpoint(args.resume)
-        check_resumable(config, state, path)
-        return os.path.dirname(os.path.abspath(path)), path, state
-    name = os.path.splitext(os.path.basename(args.config))[0]
-    folder = os.path.join(config["output_folder"], f"{name}_{args.output or time.strftime('%Y-%m-%d_%H-%M-%S')}")
-    if os.path.exists(folder):
-        raise UsageError(f"--output: {folder} exists; give another name, or --resume {display_path(folder)}")
-    return folder, None, None
+class _GridWatch:
+    """A sampler's callback: stops it on a signal, and says once how long a grid of many network calls takes."""
+
+    def __init__(self, folder, signals):
+        self.folder, self.signals, self.started = folder, signals, time.time()
+
+    def __call__(self, step, steps, x):
+        if self.signals.received:
+            raise Stopped
+        self.folder.grids += 1
+        if self.folder.grids == 1:  # the first step is slower
+            self.started = time.time()
+        elif self.folder.grids == 4 and steps > CHEAP_GRID:
+            seconds = (time.time() - self.started) / 3 * steps
+            self.folder.print(f"drawing a sample grid: {steps} network calls, about {seconds / 60:.1f} minutes; "
+                              "--set sample_cfg.sampler=ddim needs 50")
 
 
-def restore(state, path, cfg, model, ema, optimizer, updater):
-    """Put back from the checkpoint `path` what the next update depends on; returns how many updates it had."""
-    load_weights(model, state["state_dict"], path)
-    load_weights(ema.module, state["state_dict_ema"], path)
-    optimizer.load_state_dict(state["optimizer"])
-    for group in optimizer.param_groups:  # what the config says now holds
-        group.update(betas=tuple(cfg["betas"]), weight_decay=cfg["weight_decay"])
-    updater.load_state_dict(state["scaler"])
-    set_rng_state(state["rng"])
-    ema.updates = state["step"]
-    return state["step"]
+class TrainingLog:
+    """Averages of the updates since the last line, and the line: on the terminal and in TensorBoard."""
+
+    def __init__(self, folder, model, world, batch_size, epochs):
+        self.folder, self.trainer, self.world, self.batch_size, self.epochs = (
+            folder, folder.trainer, world, batch_size, epochs)
+        self.loss, self.norm = AverageMeter(), AverageMeter()
+        self.tenths = TenthsMeter(model.timesteps, self.trainer.device)
+        self.clock, self.clock_step = time.time(), self.trainer.step
+
+    def update(self, each, t, norm, finite):
+        """After an update: the loss of each image and its t, the gradient's norm, and whether the update was made."""
+        self.loss.update(each.mean().nan_to_num(0, 0, 0), finite)
+        self.norm.update(norm.nan_to_num(0, 0, 0), finite)
+        self.tenths.update(each, t)
+        self.folder.progress()
+        self.trainer.check(self.folder.last_checkpoint)
+        if self.trainer.step % self.folder.args.print_freq == 0 or self.trainer.step == self.trainer.total_steps:
+            self.write()
+
+    def write(self):
+        trainer, step = self.trainer, self.trainer.step
+        loss = self.loss.average(self.world.total)
+        rate = (step - self.clock_step) / (time.time() - self.clock)
+        skipped = int(trainer.skipped)
+        self.folder.print(f"epoch {trainer.epoch + 1}/{self.epochs}  update {step}/{trainer.total_steps}  "
+                          f"loss {loss:.4f}  {rate * self.batch_size:.0f} images/s  "
+                          f"{(trainer.total_steps - step) / rate / 60:.1f} minutes left"
+                          + (f"  {skipped} updates left out" if skipped else ""))
+        self.folder.bar.set_postfix(loss=f"{loss:.4f}")
+        scalars = {"train/loss": loss, "train/lr": trainer.lr, "train/grad_norm": self.norm.avg,
+                   "train/skipped_updates": skipped, "train_speed/images_per_s": rate * self.batch_size,
+                   "train_speed/peak_memory_GiB": peak_memory(trainer.device) / 2 ** 30}
+        scalars |= {f"train_loss_by_time/{k / 10:.1f}": x for k, x in enumerate(self.tenths.read(self.world.total))
+                    if x == x}
+        self.folder.scalars(scalars)
+        self.loss.reset(), self.norm.reset()
+        self.clock, self.clock_step = time.time(), step
+
+    @contextmanager
+    def paused(self):
+        """Checkpoints, grids and metrics do not count in images/s."""
+        started = time.time()
+        yield
+        self.clock += time.time() - started
 
 
-def resume_command(args, folder):
+def resume_command(folder):
     """The command that goes on with the run in `folder`."""
     # a virtual environment's own python, which need not be the one that the shell finds
     python = display_path(sys.executable) if sys.prefix != sys.base_prefix else "python"
-    words = [python, sys.argv[0], args.config, "-c", str(args.ckpt_freq), "-p", str(args.print_freq)]
-    words += [x for item in args.set for x in ("--set", item)] + ["--resume", display_path(folder)]
-    return shlex.join(words)
+    return shlex.join([python, sys.argv[0], "--resume", display_path(folder)])
 
 
 def describe(config, model, num_images, updates, device, precision, folder):
-    """What is going to happen, before it does."""
-    print(yaml.safe_dump(portable(config), sort_keys=False, default_flow_style=None).rstrip())
+    """Print what is going to happen, before it does."""
+    print(yaml.safe_dump(portable(config) | {"devices": [str(device)]}, sort_keys=False,
+                         default_flow_style=None).rstrip())
+    epochs = config["train_cfg"]["epochs"]
     print(f"{sum(p.numel() for p in model.model.parameters()):,} parameters, {num_images:,} images, "
-          f"{updates:,} updates an epoch, {config['train_cfg']['epochs'] * updates:,} in all; on {device}, "
-          f"{str(precision or next(model.model.parameters()).dtype).removeprefix('torch.')}")
+          f"{updates:,} updates an epoch, {epochs * updates:,} in all; on {device}, "
+          f"{str(precision or 'float32').removeprefix('torch.')}")
     print(f"run folder: {display_path(folder)}", flush=True)

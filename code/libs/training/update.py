@@ -1,16 +1,15 @@
-"""What training needs beside the model: averages, the learning rate, precision."""
+"""One update of the weights after another: averages, the learning rate, gradients to weights."""
 
 import copy
 import math
 import os
 import signal
-import sys
-import warnings
-from contextlib import nullcontext
 
 import torch
 
-from ..common.errors import RunError, first_line
+from ..common.errors import RunError
+from ..common.seeds import rng_state, set_rng_state
+from .optimizers import build_optimizer
 
 
 class ModelEMA:
@@ -40,7 +39,7 @@ class ModelEMA:
 
 
 class AverageMeter:
-    """Average of what was seen since the last reset; tensors stay on their device until `.avg` is read."""
+    """Average since the last reset; tensors stay on their device until `.avg` is read."""
 
     def __init__(self):
         self.reset()
@@ -64,7 +63,7 @@ class AverageMeter:
 
 
 class TenthsMeter:
-    """Average loss in each tenth of the diffusion time, where a mean over all of it hides what happens."""
+    """Average loss in each tenth of the diffusion time, which the mean over all times hides."""
 
     def __init__(self, timesteps, device):
         self.timesteps = timesteps
@@ -77,7 +76,7 @@ class TenthsMeter:
         self.count.index_add_(0, tenth, finite.float())
 
     def read(self, total=lambda *tensors: tensors):
-        """Ten averages, NaN where nothing was seen; then start again. total: see World.total."""
+        """Ten averages, NaN where there was no image; then start again. total: see World.total."""
         losses, count = total(self.sum, self.count)
         averages = (losses / count).tolist()
         self.sum.zero_()
@@ -85,136 +84,113 @@ class TenthsMeter:
         return averages
 
 
-class Updater:
-    """From the gradients to the weights: clip, and leave an update out where a gradient is not finite.
+def learning_rate(step, cfg, total_steps):
+    """Learning rate of update `step` (from 0): warm-up, then constant or by a cosine down to zero."""
+    warm = min(1.0, (step + 1) / (cfg["warmup"] + 1))
+    left = 1 - step / total_steps
+    decay = {"constant": 1.0, "cosine": 0.5 * (1 - math.cos(math.pi * left))}
+    return cfg["lr"] * warm * decay[cfg["lr_schedule"]]
 
-    With AdamW nothing here waits for the GPU, but `check`. The work is GradScaler's; its scale, 1 but for fp16, is what keeps
-    the small gradients of half precision from becoming zero.
+
+class Trainer:
+    """A model in training: its average, its optimizer, and how far it has come.
+
+    `backward` adds the gradients of a loss, `update` applies them: clipped, and left out where they are not finite.
+    With AdamW nothing here waits for the GPU but `check`. GradScaler's scale, 1 but for fp16, keeps the small gradients
+    of half precision from becoming zero.
+
+    Attributes: `epoch`, `batch`, `step`: finished epochs, batches of the next one, and updates.
     """
 
-    LIMIT = 20  # updates left out in a row, after which there is no point in going on
+    LIMIT = 20  # updates left out in a row, after which training stops
 
-    def __init__(self, model, optimizer, precision, clip_norm, device):
-        self.optimizer, self.clip_norm = optimizer, clip_norm or math.inf
+    def __init__(self, model, cfg, device, precision, total_steps, is_hidden=None):
+        self.model, self.cfg, self.device, self.total_steps = model, cfg, device, total_steps
+        self.epoch = self.batch = self.step = 0
+        self.ema = ModelEMA(model, cfg["ema_decay"])
+        self.optimizer = build_optimizer(model.model, cfg, device, is_hidden)
         self.parameters = [p for p in model.model.parameters() if p.requires_grad]
         self.fp16 = precision == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 16 if self.fp16 else 1.0,
                                            enabled=device.type != "mps")
         self.skipped, self.in_a_row, self.longest = torch.zeros(3, dtype=torch.long, device=device)
 
-    def backward(self, loss):
-        """Add the gradients of `loss`, a scalar."""
-        self.scaler.scale(loss).backward()
+    @property
+    def lr(self):
+        return self.optimizer.param_groups[0]["lr"]
 
-    def step(self):
+    def backward(self, loss, share=1.0):
+        """Add the gradients of `loss`, a scalar: the mean over this share of the batch."""
+        self.scaler.scale(loss if share == 1 else loss * share).backward()
+
+    def update(self):
         """Apply the gradients and forget them. Returns (norm before clipping, whether it was finite), as tensors."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.cfg, self.total_steps)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg["clip_grad_norm"] or math.inf)
         if self.scaler.is_enabled() or norm.isfinite():
             self.scaler.step(self.optimizer)
         self.scaler.update(None if self.fp16 else 1.0)
         self.optimizer.zero_grad()
+        self.ema.update(self.model)
+        self.step += 1
         finite = norm.isfinite()
         self.skipped += ~finite
         self.in_a_row = (self.in_a_row + 1) * ~finite
         self.longest = torch.maximum(self.longest, self.in_a_row)
         return norm, finite
 
-    def check(self, step, last_good):
-        """Raise RunError after LIMIT updates in a row that were left out. last_good: the newest checkpoint, or None."""
+    def check(self, last_checkpoint):
+        """Raise RunError after LIMIT updates in a row that were left out. On a GPU now and then, as it waits for it."""
+        if self.device.type == "cuda" and self.step % self.LIMIT:
+            return
         if self.longest >= self.LIMIT:
             raise RunError(f"the loss or its gradient was not finite in {int(self.longest)} updates in a row, up to "
-                           f"update {step}; " + (f"resume from {last_good}" if last_good else "start again")
+                           f"update {self.step}; " + (f"resume from {last_checkpoint}" if last_checkpoint else
+                                                      "start again") + " with a lower train_cfg.lr")
+
+    def check_weights(self, last_checkpoint):
+        """Raise RunError where weights are not finite: the checkpoint before is better."""
+        bad = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        if bad:
+            raise RunError(f"the weights are not finite any more ({bad[0]}) at update {self.step}; "
+                           + (f"resume from {last_checkpoint}" if last_checkpoint else "start again")
                            + " with a lower train_cfg.lr")
 
     def state_dict(self):
-        return {"scaler": self.scaler.state_dict() if self.fp16 else {}, "skipped": int(self.skipped),
-                "in_a_row": int(self.in_a_row)}
+        """Everything that the next update depends on: tensors and plain values."""
+        scaler = {"scaler": self.scaler.state_dict() if self.fp16 else {}, "skipped": int(self.skipped),
+                  "in_a_row": int(self.in_a_row)}
+        return {"epoch": self.epoch, "batch": self.batch, "step": self.step, "state_dict": self.model.state_dict(),
+                "state_dict_ema": self.ema.module.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": scaler, "rng": rng_state()}
 
     def load_state_dict(self, state):
-        if self.fp16 and state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
-        self.skipped.fill_(state.get("skipped", 0))
-        self.in_a_row.fill_(state.get("in_a_row", 0))
-
-
-def prepare_network(model, cfg, dataset, device, precision=None, n=2, processes=1):
-    """Make the UNet of `model` fast for training with n images at once, as `cfg`, a `train_cfg`, wants it.
-
-    precision: autocast's. Only the call of the network in training mode changes: weights keep their names, and a copy
-    of the model that was made before stays as it is. One line says how it went; what does not work is left out.
-    Returns what was done: some of "compiled", "CUDA graphs".
-    """
-    on_gpu = device.type == "cuda"
-    # a graph writes its gradients to the same place every time, so those of several parts cannot be added up
-    record = (on_gpu if cfg["cuda_graphs"] is None else cfg["cuda_graphs"]) and processes == cfg["accumulate"] == 1
-    compiled = on_gpu and not record if cfg["compile"] is None else cfg["compile"]
-    done = []
-    for name, wanted, prepare in ("compiled", compiled, _compile), ("CUDA graphs", record, _record):
-        if wanted:
-            try:
-                with torch.random.fork_rng():
-                    prepare(model, lambda: _trial_loss(model, dataset, device, precision, n), precision)
-                done.append(name)
-                print(f"network: {name}", flush=True)
-            except Exception as e:  # no compiler, an operator it cannot take: it fails in many ways
-                print(f"network: {name} does not work here, going on without ({first_line(e, 200)})", flush=True)
-            model.model.zero_grad()
-    return done
-
-
-def _compile(model, trial, precision):
-    """torch.compile. Its graph is of a batch size: another, a sample grid's for example, would be compiled anew."""
-    model.model.forward = torch.compile(model.model.forward, dynamic=False)
-    try:
-        trial().backward()
-    except Exception:
-        del model.model.forward
-        raise
-
-
-def _record(model, trial, precision):
-    """CUDA graphs: forward and backward become one launch each.
-
-    Otherwise the CPU takes longer to launch a small network's thousand kernels than the GPU to run them.
-    """
-    inputs = []
-    hook = model.model.register_forward_pre_hook(lambda _, args: inputs.extend(x.detach().clone() for x in args))
-    try:
-        trial()
-    finally:
-        hook.remove()
-    # the graphs keep the nodes they were recorded with, of another stream; autograd waits for that one, and says so
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
-    with torch.autocast(inputs[0].device.type, precision, enabled=precision is not None, cache_enabled=False):
-        torch.cuda.make_graphed_callables(model.model, tuple(inputs), allow_unused_input=True)
-
-
-def _trial_loss(model, dataset, device, precision, n):
-    """The loss of the first n images, computed just as in train.py."""
-    images, labels = dataset.batch(torch.arange(min(n, len(dataset))), torch.Generator())
-    images, labels = images.to(device, next(model.model.parameters()).dtype), labels.to(device)
-    noise = torch.randn(len(labels), *model.img_shape, device=device).to(images.dtype)
-    with torch.autocast(device.type, precision, enabled=precision is not None):
-        return model(images, labels, torch.zeros_like(labels), noise, encoded=dataset.encoded).mean()
-
-
-def as_written(model):
-    """A context in which the UNet of `model` is not compiled: a sample grid is not worth the wait for its batch size."""
-    return torch.compiler.set_stance("force_eager") if "forward" in vars(model.model) else nullcontext()
+        """Put back a `state_dict`, less the weights. What `train_cfg` says now holds for the optimizer."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group.update(betas=tuple(self.cfg["betas"]), weight_decay=self.cfg["weight_decay"])
+        scaler = state["scaler"]
+        if self.fp16 and scaler.get("scaler"):
+            self.scaler.load_state_dict(scaler["scaler"])
+        self.skipped.fill_(scaler.get("skipped", 0))
+        self.in_a_row.fill_(scaler.get("in_a_row", 0))
+        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+        self.ema.updates = self.step
+        set_rng_state(state["rng"])
 
 
 @torch.no_grad()
-def measure_data(model, dataset, device, n=512, say=None):
-    """Measure what the model diffuses, over `n` images spread over the data set; tell an EDM its sigma_data.
+def measure_data(model, dataset, device, n=512, report=None):
+    """Measure what the model diffuses, over `n` images spread over the data set; give an EDM its sigma_data.
 
-    Returns (mean, standard deviation, the autoencoder's PSNR in dB or None in pixels). say: gets it as text.
+    Returns (mean, standard deviation, the autoencoder's PSNR in dB or None in pixels). report: called with a line of text.
     """
     index = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long()
-    dtype = next(model.model.parameters()).dtype
     data, squared_error = [], []
     for part in index.split(32):
-        images = dataset.batch(part, torch.Generator().manual_seed(0))[0].to(device, dtype)
+        images = dataset.batch(part, torch.Generator().manual_seed(0))[0].to(device)
         data.append(model.encode(images))
         if model.use_vae:
             squared_error.append((model.postprocess(data[-1]) - images).pow(2).mean())
@@ -222,80 +198,17 @@ def measure_data(model, dataset, device, n=512, say=None):
     if hasattr(model, "set_sigma_data"):
         model.set_sigma_data(std)
     psnr = -10 * math.log10(float(torch.stack(squared_error).mean())) if squared_error else None
-    if say:
-        what = f"latents (autoencoder {psnr:.1f} dB PSNR)" if model.use_vae else "pixels"
-        say(f"{what}: mean {mean:.3f}, standard deviation {std:.3f}")
+    if report:
+        kind = f"latents (autoencoder {psnr:.1f} dB PSNR)" if model.use_vae else "pixels"
+        report(f"{kind}: mean {mean:.3f}, standard deviation {std:.3f}")
         if model.use_vae and not (abs(mean) < 0.5 and 0.5 < std < 2):
-            say("warning: the latents are far from mean 0 and standard deviation 1, which the noise schedule is made "
-                "for; are these the right autoencoder weights, and images in [0, 1]?")
+            report("warning: the latents are far from mean 0 and standard deviation 1, which the noise schedule is made "
+                   "for; are these the right autoencoder weights, and images in [0, 1]?")
     return mean, std, psnr
 
 
-def learning_rate(step, cfg, total_steps):
-    """Learning rate of update `step` (from 0): warm-up, then constant, cosine or linear down to zero."""
-    warm = min(1.0, (step + 1) / (cfg["warmup"] + 1))
-    left = 1 - step / total_steps
-    decay = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}
-    return cfg["lr"] * warm * decay[cfg["lr_schedule"]]
-
-
-def pick_device(names):
-    """The first of the config's devices, or the best there is when it is missing. Says so in one line."""
-    for name in (names[0], "cuda:0", "mps", "cpu"):
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError):
-            continue
-        if name != names[0]:
-            print(f"devices: {names[0]} is not here; using {name}", flush=True)
-        return torch.device(name)
-
-
-def pick_precision(name, device):
-    """(dtype of autocast, None where there is none; dtype of the weights). See DEFAULTS["dtype"]."""
-    if name == "fp64" and device.type != "mps":
-        return None, torch.float64
-    if device.type != "cuda":
-        if name == "bf16" and device.type == "cpu":
-            if not _cpu_knows_bf16():
-                print("dtype: this CPU has no instructions for bf16; fp32 will be many times as fast", flush=True)
-            return torch.bfloat16, torch.float32
-        if name not in ("auto", "fp32"):
-            print(f"dtype: {name} does not work on {device.type}; using fp32", flush=True)
-        return None, torch.float32
-    if name == "auto":
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if name != "fp32":  # what autocast leaves in fp32, Muon's products above all, then in TF32, as convolutions are anyway
-        torch.set_float32_matmul_precision("high")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name], torch.float32
-
-
-def _cpu_knows_bf16():
-    """Whether oneDNN has kernels in bfloat16 for this CPU; yes where that cannot be told."""
-    try:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    except (AttributeError, RuntimeError):  # PyTorch without oneDNN
-        return True
-
-
-def memory_format(device):
-    """The layout in which convolutions are fastest; on Apple's devices their own."""
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
-def peak_memory(device):
-    """Bytes: allocated on the GPU, or held by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 class Signals:
-    """Ctrl-C and SIGTERM are noted and obeyed between two updates; a second Ctrl-C stops at once."""
+    """Ctrl-C and SIGTERM are noted, and obeyed between two updates; a second Ctrl-C stops at once."""
 
     def __init__(self):
         self.received = None
