@@ -62,7 +62,8 @@ def text_paths(source, suffix):
 
 
 def absolute_paths(path):
-    suffix, shown = path.suffix.lower(), path.relative_to(ROOT).as_posix()
+    """One line for each absolute path in a file of code/."""
+    suffix, name = path.suffix.lower(), path.relative_to(ROOT).as_posix()
     try:
         if suffix == ".py":
             found = list(python_paths(path.read_bytes()))
@@ -72,18 +73,19 @@ def absolute_paths(path):
             return []
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None) or 1
-        return [f"{shown}:{line}: cannot be read ({getattr(error, 'msg', error)}): mend it first"]
-    return [f"{shown}:{line}: absolute path {text!r}: use one relative to code/" for line, text in found]
+        return [f"{name}:{line}: cannot be read ({getattr(error, 'msg', error)}): mend it first"]
+    return [f"{name}:{line}: absolute path {text!r}: use one relative to code/" for line, text in found]
 
 
 def why_left_out(path):
+    """The reason why a file or folder is not packed, or None."""
     name = path.name.lower()
     if name.startswith("."):
         return "hidden"
     if path.is_dir():
         if name == "__pycache__":
             return "cache"
-        # a folder of Python modules may well be called data or models
+        # a folder of Python modules may be called data or models
         if name in LEFT_OUT_FOLDERS and not any(path.glob("*.py")):
             return "the course wants no data, logs or models"
         return "link to a folder" if path.is_symlink() else None
@@ -99,11 +101,11 @@ def why_left_out(path):
 
 
 def collect(folder, arcname, files, left_out):
-    """Add to files {name in the zip: path} what folder holds, to left_out [(path, why)] what stays behind."""
+    """Add the contents of a folder to files, {name in the zip: path}, or to left_out, [(path, reason)]."""
     for path in sorted(folder.iterdir()):
         name = f"{arcname}/{path.name}"
         if name == "code/configs" and (path.is_symlink() or path.is_file()):
-            continue  # the link to ../configs, or the text file that it is on Windows
+            continue  # the link to ../configs, or the text file in its place on Windows
         why = why_left_out(path)
         if why:
             left_out.append((path, why))
@@ -114,6 +116,7 @@ def collect(folder, arcname, files, left_out):
 
 
 def gather():
+    """(files, left_out) of the whole project, see collect."""
     files, left_out = {}, []
     sources = {name: ROOT / name for name in FOLDERS}
     if not (ROOT / "code/configs").is_dir() or (ROOT / "code/configs").is_symlink():
@@ -127,6 +130,7 @@ def gather():
 
 
 def check(files):
+    """Refuse a hand-in without a report, with an empty folder, a name or a path that other machines do not have."""
     pdfs = [path for name, path in files.items() if re.fullmatch(r"writeup/[^/]+\.pdf", name, re.I)]
     if not any(path.read_bytes().startswith(b"%PDF") for path in pdfs):
         raise Refused("writeup/*.pdf: no PDF there, the report must be one")
@@ -148,7 +152,7 @@ def check(files):
 
 
 def write(files, output):
-    """Under another name first: the zip is there whole or not at all."""
+    """Write the zip, whole or not at all; returns its size in bytes."""
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         with zipfile.ZipFile(temporary, "x", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:

@@ -1,5 +1,6 @@
 """zip_submission.py as a user runs it, on small made-up projects."""
 
+import random
 import shutil
 import subprocess
 import sys
@@ -147,14 +148,11 @@ def test_links_are_followed_for_files_only(project):
 @pytest.mark.parametrize("folder", ["logs/run", "results"])
 def test_one_model(project, folder):
     put(project, {f"{folder}/final.pth.tar": "weights", "results/other.pth.tar": "weights"})
+    assert refused(project, "--model", "none.pth") == ["--model none.pth: no such file"]
     assert run(project, "--model", project / folder / "final.pth.tar").returncode == 0
     packed = content(project / "submission.zip")
     assert set(packed) == PACKED | {"results/model/final.pth.tar"}
     assert packed["results/model/final.pth.tar"] == b"weights"
-
-
-def test_a_model_that_is_not_there(project):
-    assert refused(project, "--model", "none.pth") == ["--model none.pth: no such file"]
 
 
 def test_overwriting_has_to_be_asked_for(project):
@@ -168,33 +166,30 @@ def test_overwriting_has_to_be_asked_for(project):
     assert "must be a file in a folder that exists" in refused(project, "--output", project / "no/x.zip")[0]
 
 
-@pytest.mark.parametrize(
-    "name, text, line, path",
-    [
-        ("code/a.py", 'x = 1\ny = "/user/classes/proj1"\n', 2, "/user/classes/proj1"),
-        ("code/a.py", "f(\n  a,\n  root='~/data')\n", 3, "~/data"),
-        ("code/a.py", "x = r'C:\\data\\x'\n", 1, r"C:\data\x"),
-        ("code/a.py", "x = 'D:/data'\n", 1, "D:/data"),
-        ("code/a.py", "x = f'/home/{user}/data'\n", 1, "/home/"),
-        ("code/a.py", "x = '/scratch/' + name\n", 1, "/scratch/"),
-        ("code/a.py", "x = 'file:///home/me/x'\n", 1, "file:///home/me/x"),
-        ("configs/a.yaml", "lr: 1\nd:\n  folder: /data/afhq  # mine\n", 3, "/data/afhq"),
-        ("configs/a.yaml", 'a: [x, "/data"]\n', 1, "/data"),
-        ("configs/a.yaml", "a: ~/data\n", 1, "~/data"),
-        ("configs/a.yaml", "a: C:\\data\n", 1, r"C:\data"),
-        ("code/run.sh", "#!/bin/sh\ncd /home/me/code\n", 2, "/home/me/code"),
-        ("code/run.sh", 'D="/home/me"\n', 1, "/home/me"),
-        ("code/run.sh", "P=$P:/opt/bin\n", 1, "/opt/bin"),
-    ],
-)
-def test_absolute_paths_are_named(project, name, text, line, path):
-    put(project, {name: text})
-    assert refused(project) == [f"{name}:{line}: absolute path {path!r}: use one relative to code/"]
+ABSOLUTE = [  # file, text, line, path
+    ("code/a.py", 'x = 1\ny = "/user/classes/proj1"\n', 2, "/user/classes/proj1"),
+    ("code/b.py", "f(\n  a,\n  root='~/data')\n", 3, "~/data"),
+    ("code/c.py", "x = r'C:\\data\\x'\n", 1, r"C:\data\x"),
+    ("code/d.py", "x = f'/home/{user}/data'\n", 1, "/home/"),
+    ("code/e.py", "x = '/scratch/' + name\ny = 'file:///home/me/x'\n", 1, "/scratch/"),
+    ("code/e.py", "x = '/scratch/' + name\ny = 'file:///home/me/x'\n", 2, "file:///home/me/x"),
+    ("code/f.sh", "#!/bin/sh\ncd /home/me/code\n", 2, "/home/me/code"),
+    ("code/g.sh", 'D="/home/me"\n', 1, "/home/me"),
+    ("code/h.sh", "P=$P:/opt/bin\n", 1, "/opt/bin"),
+    ("configs/a.yaml", "lr: 1\nd:\n  folder: /data/afhq  # mine\n", 3, "/data/afhq"),
+    ("configs/b.yaml", 'a: [x, "/data"]\n', 1, "/data"),
+    ("configs/c.yaml", "a: C:\\data\n", 1, r"C:\data"),
+]
 
 
-def test_every_absolute_path_is_named(project):
-    put(project, {"code/a.py": "x = '/a/b'\ny = '/c/d'\n", "configs/a.yaml": "e: /f\n"})
-    assert [reason.split(": ")[0] for reason in refused(project)] == ["code/a.py:1", "code/a.py:2", "configs/a.yaml:1"]
+def test_absolute_paths_are_named(project):
+    put(project, {name: text for name, text, _, _ in ABSOLUTE})
+    put(project, {"code/z.py": "x = 1\nif x\n"})
+    reasons = refused(project)
+    for name, _, line, path in ABSOLUTE:
+        assert f"{name}:{line}: absolute path {path!r}: use one relative to code/" in reasons
+    assert any(reason.startswith("code/z.py:2: cannot be read") for reason in reasons)
+    assert len(reasons) == len(ABSOLUTE) + 1
 
 
 def test_what_only_looks_like_an_absolute_path(project):
@@ -222,51 +217,29 @@ def test_what_only_looks_like_an_absolute_path(project):
     assert len(content(project / "submission.zip")) == len(PACKED) + 5
 
 
-def test_code_that_cannot_be_read(project):
-    put(project, {"code/a.py": "x = 1\nif x\n"})
-    assert refused(project)[0].startswith("code/a.py:2: cannot be read")
-
-
-@pytest.mark.parametrize("folder", ["code", "writeup", "results"])
-def test_a_missing_folder(project, folder):
-    shutil.rmtree(project / folder)
-    assert refused(project) == [f"{folder}/ is missing: the zip must hold it as {folder}/"]
-
-
 def test_missing_contents(project):
     (project / "results/samples.png").rename(project / "results/samples.pt")
     assert refused(project) == ["results/ holds no file to hand in"]
     put(project, {"writeup/report.pdf": "\\documentclass"})
     assert refused(project) == ["writeup/*.pdf: no PDF there, the report must be one"]
-    (project / "writeup/report.pdf").unlink()
-    assert refused(project) == ["writeup/*.pdf: no PDF there, the report must be one"]
-    shutil.rmtree(project / "configs")
-    assert refused(project) == ["configs/ is missing: the zip must hold it as code/configs/"]
+    shutil.rmtree(project / "writeup")
+    assert refused(project) == ["writeup/ is missing: the zip must hold it as writeup/"]
 
 
 def test_a_zip_over_50_mb(project):
-    import random
-
     put(project, {"results/noise.bin": random.Random(0).randbytes(50_100_000)})
     (reason,) = refused(project)
     assert reason.startswith("submission.zip would have 50.1 MB, over 50 MB; the largest file is results/noise.bin (50.1 MB)")
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="such names cannot be made here")
-@pytest.mark.parametrize(
-    "name, reason",
-    [
-        ("results/epoch_12:30.png", "'results/epoch_12:30.png': the name 'epoch_12:30.png' is not allowed on Windows"),
-        ("results/what?/a.png", "the name 'what?' is not allowed"),
-        ("results/a\\b.png", "is not allowed"),
-        ("results/a.", "the name 'a.' is not allowed"),
-        ("results/a ", "the name 'a ' is not allowed"),
-        ("results/aux.txt", "the name 'aux.txt' is not allowed"),
-        ("code/CON", "the name 'CON' is not allowed"),
-        ("results/Samples.png", "'results/samples.png' and 'results/Samples.png' are one file on Windows and macOS"),
-    ],
-)
-def test_names_that_other_systems_lack(project, name, reason):
-    put(project, {name: "x"})
-    (found,) = refused(project)
-    assert reason in found
+def test_names_that_other_systems_lack(project):
+    names = ["results/epoch_12:30.png", "results/what?/a.png", "results/a\\b.png", "results/a.", "results/aux.txt",
+             "code/CON", "results/Samples.png"]
+    put(project, {name: "x" for name in names})
+    reasons = refused(project)
+    assert len(reasons) == len(names)
+    for part in ("epoch_12:30.png", "what?", "a\\b.png", "a.", "aux.txt", "CON"):
+        assert any(f"the name {part!r} is not allowed on Windows" in reason for reason in reasons), part
+    assert any("are one file on Windows and macOS" in reason and "'results/samples.png'" in reason
+               and "'results/Samples.png'" in reason for reason in reasons)
