@@ -4,10 +4,10 @@ import math
 from typing import Callable, NamedTuple
 
 import torch
-from torchvision.utils import make_grid
 
 from .common.checkpoint import load_checkpoint
 from .common.errors import UsageError, display_path
+from .common.pictures import image_grid
 from .config import check_value, complete_config, nearest_word
 from .ddim import DDIM, ddim_timesteps
 from .ddpm import DDPM
@@ -141,7 +141,7 @@ def sample_grid(model, config, settings, device, callback=None):
     model.eval()
     images = torch.cat(list(draw_images(model, labels, settings, config["seed"], device=device, callback=callback)))
     model.train(training)
-    return make_grid(images, nrow=per_class, padding=1)
+    return image_grid(images, per_class)
 
 
 # ---- from a configuration or a checkpoint

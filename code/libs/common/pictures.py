@@ -13,19 +13,23 @@ from .files import atomic_file
 CAPTION = 20  # pixels
 
 
+def image_grid(images, nrow):
+    """Images N x C x H x W, of any type, as one: `nrow` in each row, lines between them, small ones enlarged."""
+    zoom = max(1, 64 // images.shape[-1])
+    return make_grid(images, nrow=nrow, padding=1).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+
+
 def grid(images, nrow):
-    """A Pillow image, `nrow` images in each row, one pixel between them."""
-    return to_pil_image(make_grid(images, nrow=nrow, padding=1)[:images.shape[1]])  # make_grid turns grey into RGB
+    """`image_grid` as a Pillow image."""
+    return to_pil_image(image_grid(images, nrow)[:images.shape[1]])  # make_grid turns grey into RGB
 
 
 def sheet(panels, nrow):
     """Grids below each other, each under its caption: a Pillow image.
 
-    panels: list of (caption, images). Small images are enlarged, so that they suit the text.
+    panels: list of (caption, images).
     """
-    zoom = max(1, 64 // panels[0][1].shape[-1])
     grids = [grid(images, nrow) for _, images in panels]
-    grids = [g.resize((g.width * zoom, g.height * zoom), Image.Resampling.NEAREST) for g in grids]
     font = ImageFont.load_default()
     width = max(max(g.width, 8 + int(font.getlength(caption))) for (caption, _), g in zip(panels, grids))
     picture = Image.new("RGB", (width, sum(CAPTION + g.height for g in grids)), "white")

@@ -11,13 +11,13 @@ from ..common.errors import first_line
 
 
 def pick_device(names):
-    """The first of the config's devices, or the best there is when it is missing, which is printed."""
-    for name in (names[0], "cuda:0", "mps", "cpu"):
+    """The first of the config's devices, or the best there is when it is missing, which is printed, or None."""
+    for name in filter(None, (names[0], "cuda:0", "mps", "cpu")):
         try:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError):
             continue
-        if name != names[0]:
+        if names[0] and name != names[0]:
             print(f"devices: {names[0]} is not available; using {name}", flush=True)
         return torch.device(name)
 
