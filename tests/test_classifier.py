@@ -38,8 +38,8 @@ def test_shipped_weights():
 def test_shipped_weights_read_digits(mnist):
     test = build_dataset("MNIST", "test", mnist)[0]
     model = load_classifier()
-    # a thousand digits spread over all, two standard errors of slack
-    images, labels = test.images[::10], test.labels[::10]
+    # five hundred digits spread over all, two standard errors of slack
+    images, labels = test.images[::20], test.labels[::20]
     p = model.test_accuracy
     assert accuracy(model, images, labels) >= p - 2 * (p * (1 - p) / len(labels)) ** 0.5
     # the features do what a Frechet distance needs: hardly a channel is dead, hardly a value zero
