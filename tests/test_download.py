@@ -1,4 +1,4 @@
-"""download_dataset.sh as a user runs it, against a small server on this machine."""
+"""download_dataset.sh as a user runs it, with a small server on this machine in place of the real one."""
 
 import hashlib
 import http.server
@@ -144,10 +144,12 @@ def part(project):
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_afhq_is_fetched_once(project, server, client):
-    server.files["/afhq.zip"] = make_zip({**images(), "readme.txt": b"no image"})
+    members = {**images("afhq_v2/"), "__MACOSX/train/cat/._0.png": b"x", "afhq_v2/train/cat/.DS_Store": b"x",
+               "afhq_v2/readme.txt": b"no image"}
+    server.files["/afhq.zip"] = make_zip(members)
     result = run(project, server, "afhq", client=client)
     assert result.returncode == 0, result.stderr
-    assert tree(project / "data") == images("afhq/")  # no readme, no .part, no temporary folder
+    assert tree(project / "data") == images("afhq/")  # the images alone: no .part, no temporary folder
     assert stat.S_IMODE((project / "data/afhq").stat().st_mode) == stat.S_IMODE((project / "data").stat().st_mode)
     first = result.stdout.splitlines()[0]
     assert "6.5 GB" in first and "data/afhq" in first and server.requests == [("/afhq.zip", None)]
@@ -156,24 +158,6 @@ def test_afhq_is_fetched_once(project, server, client):
     assert (again.returncode, again.stdout) == (0, "download_dataset.sh: data/afhq is already there\n")
     assert len(server.requests) == 1
     assert not (project / "pretrained").exists()
-
-
-def test_one_folder_on_top_and_file_manager_leavings(project, server):
-    members = {**images("afhq_v2/"), "__MACOSX/train/cat/._0.png": b"x", "afhq_v2/train/cat/.DS_Store": b"x"}
-    server.files["/afhq.zip"] = make_zip(members)
-    assert run(project, server, "afhq").returncode == 0
-    assert tree(project / "data") == images("afhq/")
-
-
-@pytest.mark.parametrize("client", CLIENTS)
-def test_only_the_rest_is_asked_for(project, server, client):
-    content = server.files["/afhq.zip"] = make_zip(images())
-    part(project).parent.mkdir()
-    part(project).write_bytes(content[:5000])
-    result = run(project, server, "afhq", client=client)
-    assert result.returncode == 0, result.stderr
-    assert server.requests == [("/afhq.zip", "bytes=5000-")]
-    assert tree(project / "data") == images("afhq/")
 
 
 @pytest.mark.parametrize("client", CLIENTS)
@@ -200,21 +184,18 @@ def test_a_whole_part_is_not_fetched_again(project, server):
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_whole_part_that_is_no_zip_starts_over(project, server, client):
-    server.files["/afhq.zip"] = b"<html>busy</html>"
-    part(project).parent.mkdir()
-    part(project).write_bytes(b"<html>busy</html>")
-    result = run(project, server, "afhq", client=client)
-    assert result.returncode == 1 and server.requests == [("/afhq.zip", "bytes=17-")]
-    assert "not the AFHQ v2 zip" in error_lines(result)[0] and tree(project / "data") == {}
-
-
-@pytest.mark.parametrize("client", CLIENTS)
-def test_nothing_at_the_address(project, server, client):
+def test_a_server_without_the_zip(project, server, client):
     result = run(project, server, "afhq", client=client)
     (line,) = error_lines(result)
     assert result.returncode == 1 and f"cannot fetch http://127.0.0.1:{server.server_port}/afhq.zip" in line
     assert tree(project / "data") == {}
+
+    # a page in its place, all of which is there already
+    server.files["/afhq.zip"] = b"<html>busy</html>"
+    part(project).write_bytes(b"<html>busy</html>")
+    result = run(project, server, "afhq", client=client)
+    assert result.returncode == 1 and server.requests[1:] == [("/afhq.zip", "bytes=17-")]
+    assert "not the AFHQ v2 zip" in error_lines(result)[0] and tree(project / "data") == {}
 
 
 def corrupt():
@@ -234,17 +215,14 @@ def with_link():
     [
         (corrupt(), "Bad CRC-32 for file 'train/dog/1.png'"),
         (make_zip({**images(), "../evil.png": b"x"}), "'../evil.png' could land outside"),
-        (make_zip({**images(), "train/../../../evil.png": b"x"}), "'train/../../../evil.png' could land outside"),
         (make_zip({**images(), "/evil/x.png": b"x"}), "'/evil/x.png' could land outside"),
         (make_zip({**images(), "C:/evil.png": b"x"}), "'C:/evil.png' could land outside"),
         (make_zip({**images(), "train\\..\\evil.png": b"x"}), r"'train\\..\\evil.png' could land outside"),
         (with_link(), "'train/cat/link.png' could land outside"),
         (make_zip({**images(), **images("top/")}), "two members are 'train/cat/0.png'"),
         (make_zip({**images(), "train/cat/3.png": b"x"}), "10 train and 3 test images, not 9 and 3"),
-        (make_zip({}), "0 train and 0 test images, not 9 and 3"),
-        (b"<html>too many requests</html>", "not a zip file"),
     ],
-    ids="crc parent inner-parent absolute drive backslash link twice count empty html".split(),
+    ids="crc parent absolute drive backslash link twice count".split(),
 )
 def test_a_zip_that_fails_its_check_is_removed(project, server, content, reason):
     server.files["/afhq.zip"] = content
@@ -274,16 +252,12 @@ def git_blob(content):
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def test_the_default_counts_and_ids():
+def test_taesd_is_checked_before_it_gets_its_name(project, server):
     text = SCRIPT.read_text()
     assert "AFHQ_TRAIN_COUNT:-14336}" in text and "AFHQ_TEST_COUNT:-1467}" in text
     assert [text.count(each) for each in IDS.values()] == [1, 1]
-
-
-@pytest.mark.parametrize("client", CLIENTS)
-def test_taesd_is_checked_before_it_gets_its_name(project, server, client):
     server.files.update({f"/{name}": b"junk" for name in IDS})
-    result = run(project, server, "taesd", client=client)
+    result = run(project, server, "taesd")
     (line,) = error_lines(result)
     assert result.returncode == 1
     assert f"git blob id {git_blob(b'junk')}, not {IDS['taesd_encoder.pth']}" in line
@@ -353,25 +327,18 @@ def test_stopping_the_unpacking_leaves_only_the_part(project, server):
     assert len(tree(project / "data/afhq")) == 3000
 
 
-@pytest.mark.parametrize(
-    "arguments, more, reason",
-    [
-        (["imagenet"], {}, "unknown argument 'imagenet': afhq, taesd or all"),
-        (["afhq", "taesd"], {}, "2 arguments: one of afhq, taesd or all"),
-        (["afhq"], {"AFHQ_TEST_COUNT": "many"}, "AFHQ_TEST_COUNT 'many': whole numbers are needed"),
-    ],
-)
-def test_bad_usage(project, server, arguments, more, reason):
-    result = run(project, server, *arguments, **more)
-    assert result.returncode == 2 and result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("download_dataset.sh: error: ") and line.endswith(reason)
-    assert sorted(path.name for path in project.iterdir()) == ["download_dataset.sh"]
-
-
-def test_help(project, server):
+def test_usage(project, server):
+    for arguments, more, reason in (
+            (["imagenet"], {}, "unknown argument 'imagenet': afhq, taesd or all"),
+            (["afhq", "taesd"], {}, "2 arguments: one of afhq, taesd or all"),
+            (["afhq"], {"AFHQ_TEST_COUNT": "many"}, "AFHQ_TEST_COUNT 'many': whole numbers are needed")):
+        result = run(project, server, *arguments, **more)
+        assert result.returncode == 2 and result.stdout == ""
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("download_dataset.sh: error: ") and line.endswith(reason)
     result = run(project, server, "-h")
     assert result.returncode == 0 and result.stdout.startswith("usage: sh ./download_dataset.sh [afhq|taesd|all]\n")
+    assert sorted(path.name for path in project.iterdir()) == ["download_dataset.sh"]
 
 
 @pytest.mark.parametrize(
