@@ -33,26 +33,22 @@ def parse_args(argv=None):
     prompts.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line")
     parser.add_argument("--negative-prompt", default="", help="what guidance leads away from (default: nothing)")
     parser.add_argument("--num", type=positive, default=1, help="pictures of each prompt (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of a prompt's first picture; the others count on from "
-                        "it (default 0)")
-    parser.add_argument("--batch-size", type=positive, default=1, help="pictures drawn at a time; does not change them "
-                        "(default 1)")
-    parser.add_argument("--output", default="txt2img.png", help="FILE.png, numbered if there are several pictures "
+    parser.add_argument("--seed", type=int, default=0, help="of a prompt's first picture, then count up (default 0)")
+    parser.add_argument("--batch-size", type=positive, default=1, help="pictures drawn at a time (default 1)")
+    parser.add_argument("--output", default="txt2img.png", help="FILE.png; several pictures are numbered "
                         "(default txt2img.png)")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    parser.add_argument("--vae", choices=("kl", "taesd"), default="kl", help="decoder: the checkpoint's autoencoder, "
-                        "or TAESD, quick and a little\ncoarser (default kl)")
+    parser.add_argument("--vae", choices=("kl", "taesd"), default="kl", help="decode with the checkpoint's "
+                        "autoencoder, or with TAESD, quick and coarser (default kl)")
     parser.add_argument("--weights", choices=("ema", "plain"), default="ema", help="averaged or plain weights, if the "
                         "checkpoint has both (default ema)")
-    settings = parser.add_argument_group("settings of the config; the defaults in brackets are those of sd15.yaml")
+    settings = parser.add_argument_group("settings of the config; the defaults are those of sd15.yaml")
     settings.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default dpmpp_2m)")
-    settings.add_argument("--steps", type=positive, help="number of steps (default 20; of another sampler: "
-                          + ", ".join(f"{name} {steps}" for name, steps in SAMPLERS.items()) + ")")
-    settings.add_argument("--guidance-scale", type=float, help="how closely to follow the prompt, 1 is no guidance "
-                          "(default 7.5)")
+    settings.add_argument("--steps", type=positive, help="number of steps (default dpmpp_2m 20, heun 18, others 50)")
+    settings.add_argument("--guidance-scale", type=float, help="1 is no guidance (default 7.5)")
     settings.add_argument("--height", type=int, help="pixels, a multiple of 8 (default 512)")
     settings.add_argument("--width", type=int, help="pixels, a multiple of 8 (default 512)")
-    settings.add_argument("--device", help="cuda:0, mps, cpu, ... (default cuda:0; without a GPU the CPU)")
+    settings.add_argument("--device", help="cuda:0, mps, cpu, ... (default cuda:0, without a GPU cpu)")
     settings.add_argument("--dtype", metavar="NAME", help="auto, fp16, bf16 or fp32 (default auto: fp16 on an NVIDIA "
                           "GPU, else fp32)")
     return parser.parse_args(argv)
@@ -60,10 +56,10 @@ def parse_args(argv=None):
 
 def read_config(args):
     """The configuration with the flags on top."""
-    sampling = {key: getattr(args, key) for key in ("sampler", "steps", "guidance_scale", "height", "width")
-                if getattr(args, key) is not None}
-    if args.steps is None and args.sampler not in (None, load_config(args.config)["sample_cfg"]["sampler"]):
-        sampling["steps"] = None  # the config's number is for its own sampler
+    config = load_config(args.config)
+    sampling = {key: getattr(args, key) for key in config["sample_cfg"] if getattr(args, key) is not None}
+    if sampling.get("sampler") not in (None, config["sample_cfg"]["sampler"]):
+        sampling = {"steps": None} | sampling  # the config's number is for its own sampler
     flags = {"sample_cfg": sampling}
     if args.device:
         flags["devices"] = [args.device]

@@ -1,5 +1,7 @@
 """Stable Diffusion 1.x's autoencoder: Rombach et al. 2022 (arXiv 2112.10752), App. G; names are the official code's."""
 
+from collections import OrderedDict
+
 import torch.nn.functional as F
 from torch import nn
 
@@ -42,17 +44,6 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(h[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:]))
 
 
-class Middle(nn.Module):
-    def __init__(self, channels, num_groups):
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels, num_groups)
-        self.attn_1 = AttentionBlock(channels, num_groups)
-        self.block_2 = ResBlock(channels, channels, num_groups)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
 class Downsample(nn.Module):
     """Halve height and width; padded at the right and at the bottom alone."""
 
@@ -64,20 +55,16 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Level(nn.Module):
-    """ResBlocks, then what changes the size, if anything does; `name` is what the official code calls that."""
+def level(c_in, c_out, num_blocks, num_groups):
+    """The ResBlocks of one resolution; what changes the size is added behind them, under the official code's name."""
+    blocks = [ResBlock(c_in if i == 0 else c_out, c_out, num_groups) for i in range(num_blocks)]
+    return nn.Sequential(OrderedDict(block=nn.Sequential(*blocks)))
 
-    def __init__(self, c_in, c_out, num_blocks, num_groups, name=None, resize=None):
-        super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, num_groups) for i in range(num_blocks))
-        self.resize = name
-        if name:
-            self.add_module(name, resize(c_out))
 
-    def forward(self, x):
-        for block in self.block:
-            x = block(x)
-        return getattr(self, self.resize)(x) if self.resize else x
+def middle(channels, num_groups):
+    return nn.Sequential(OrderedDict(block_1=ResBlock(channels, channels, num_groups),
+                                     attn_1=AttentionBlock(channels, num_groups),
+                                     block_2=ResBlock(channels, channels, num_groups)))
 
 
 class Encoder(nn.Module):
@@ -85,20 +72,20 @@ class Encoder(nn.Module):
 
     def __init__(self, dim, dim_mults, num_res_blocks, z, num_groups):
         super().__init__()
-        dims, last = [dim] + [dim * m for m in dim_mults], len(dim_mults) - 1
+        dims = [dim] + [dim * m for m in dim_mults]
         self.conv_in = nn.Conv2d(3, dim, 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(dims[i], dims[i + 1], num_res_blocks, num_groups, "downsample" if i < last else None, Downsample)
-            for i in range(last + 1))
-        self.mid = Middle(dims[-1], num_groups)
+        self.down = nn.Sequential()
+        for i in range(len(dim_mults)):
+            self.down.append(level(dims[i], dims[i + 1], num_res_blocks, num_groups))
+            if i < len(dim_mults) - 1:
+                self.down[i].add_module("downsample", Downsample(dims[i + 1]))
+        self.mid = middle(dims[-1], num_groups)
         self.norm_out = nn.GroupNorm(num_groups, dims[-1], eps=EPS)
         self.conv_out = nn.Conv2d(dims[-1], 2 * z, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        h = self.mid(self.down(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -106,21 +93,22 @@ class Decoder(nn.Module):
 
     def __init__(self, dim, dim_mults, num_res_blocks, z, num_groups):
         super().__init__()
-        dims, last = [dim * m for m in dim_mults], len(dim_mults) - 1
-        dims.append(dims[-1])
+        dims = [dim * m for m in (*dim_mults, dim_mults[-1])]
         self.conv_in = nn.Conv2d(z, dims[-1], 3, padding=1)
-        self.mid = Middle(dims[-1], num_groups)
-        self.up = nn.ModuleList(
-            Level(dims[i + 1], dims[i], num_res_blocks + 1, num_groups, "upsample" if i > 0 else None, Upsample)
-            for i in range(last + 1))
+        self.mid = middle(dims[-1], num_groups)
+        self.up = nn.ModuleList()
+        for i in range(len(dim_mults)):
+            self.up.append(level(dims[i + 1], dims[i], num_res_blocks + 1, num_groups))
+            if i > 0:
+                self.up[i].add_module("upsample", Upsample(dims[i]))
         self.norm_out = nn.GroupNorm(num_groups, dims[0], eps=EPS)
         self.conv_out = nn.Conv2d(dims[0], 3, 3, padding=1)
 
     def forward(self, z):
-        x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        h = self.mid(self.conv_in(z))
+        for up in reversed(self.up):
+            h = up(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class AutoencoderKL(nn.Module):

@@ -53,7 +53,7 @@ def drawing_bytes(dtype, height, width, batch_size=1):
 
 
 def load_taesd(decoder_path):
-    """The tiny autoencoder's decoder. Raises UsageError: no such file, or another's."""
+    """A TAESD with the decoder of this file. Raises UsageError: no such file, or another network's."""
     taesd = TAESD()
     load_weights(taesd.decoder, decoder_path, "taesd_decoder")
     return taesd
@@ -62,16 +62,8 @@ def load_taesd(decoder_path):
 class StableDiffusion(DDPM):
     """`.unet(x, t, context)`, `.autoencoder.encode(images in [-1, 1])` and `.decode(latents)`, `.encode_text(prompts)`.
 
-    A DDPM of latents whose network reads a text: it inherits the reverse process, not the training. Its samplers, and
-    the schedulers of diffusers that draw the same, all with beta_schedule="scaled_linear", beta_start=0.00085 and
-    beta_end=0.012:
-
-    - "dpmpp_2m": DPMSolverMultistepScheduler(use_karras_sigmas=True, final_sigmas_type="zero");
-    - "heun", "euler": HeunDiscreteScheduler and EulerDiscreteScheduler(use_karras_sigmas=True), with two differences:
-      timesteps are rounded to integers here, and the start is the noise times sqrt(1 + sigma_max^2), which is x_T,
-      where theirs is the noise times sigma_max, 0.2 % less;
-    - "ddim": DDIMScheduler(timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False, clip_sample=False). The
-      official code does the same if `steps` divides 1000; else it takes more steps than asked for.
+    A DDPM of latents whose network reads a text: it inherits the reverse process, not the training. README.md, beside
+    this file, names the schedulers of diffusers that draw the same pictures.
 
     Set `.vae` to a TAESD (`load_taesd`) to decode with it: a hundredth of the work, a little less detail.
     """
@@ -94,8 +86,7 @@ class StableDiffusion(DDPM):
 
     @torch.no_grad()
     def encode_text(self, prompts):
-        """List of B texts, or one text -> B x 77 x 768. Tokens beyond 75 are cut off; `tokenizer.surplus` counts them.
-        """
+        """List of B texts -> B x 77 x 768. Tokens beyond 75 are cut off; `tokenizer.surplus` counts them."""
         return self.text_encoder(self.tokenizer(prompts).to(self.sqrt_alphas_cumprod.device))
 
     # ---- what the samplers call; their `label` is (tokens of the prompts, tokens of the negative prompts)
