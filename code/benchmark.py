@@ -1,8 +1,8 @@
 """Speed and memory in one table: training, the same network trained naively, every sampler.
 
-python ./benchmark.py                                          mnist.yaml and mnist_cpu.yaml
-python ./benchmark.py ./configs/mnist.yaml --compare           and other people's UNets
-python ./benchmark.py ./configs/mnist.yaml --profile           what an update spends its time on"""
+python code/benchmark.py                                       mnist.yaml and mnist_cpu.yaml
+python code/benchmark.py configs/mnist.yaml --compare          and other libraries' UNets
+python code/benchmark.py configs/mnist.yaml --profile          what an update spends its time on"""
 
 import argparse
 import json
@@ -15,39 +15,109 @@ import subprocess
 import sys
 
 import torch
-from tqdm import tqdm
 
 import libs
-from libs.training.speed import NAIVE, OURS, SAMPLERS, build, measure, profile
-from libs.training.other_unets import OTHERS, fit, parameters
-from libs.common.cli import Parser, check_output, positive, run
+from libs.common.cli import Parser, check_output, positive, progress_bar, run
 from libs.common.errors import RunError, UsageError, first_line
 from libs.common.files import atomic_file
-from libs.training.update import pick_device
+from libs.evaluation.comparison import markdown_table
+from libs.training.device import pick_device
+from libs.training.other_unets import OTHERS, nearest_width
+from libs.training.speed import NAIVE, OURS, SAMPLERS, build, measure, profile
 
 LEGEND = """\
-training: updates as train.py makes them, of random images in memory, after one to warm up.
-naively: the same network and data in fp32, eager, attention as two matrix products and a softmax, tensors not in
-channels_last, the optimizer not fused. (To one token of context attention is 1, in both: no query is computed.)
-peak memory: of the GPU, or of the whole process, libraries and all; there a sampler's is the largest one so far.
-GFLOP: 10^9 multiplications and additions of the network's matrix products and convolutions, per image; in training
-forward and backward, without what a kernel computes twice; in sampling forward, times the network calls.
-of matmul: GFLOP times images/s, in units of what a {n} x {n} matrix product reaches in the row's precision and
-process (training: {rate:.0f} GFLOP/s). Above 100 %: convolutions go through another library, maybe a faster one.
+training: updates as train.py makes them, of random images in memory. naively: in fp32, eager, attention written out,
+tensors contiguous, the optimizer not fused.
+peak memory: of the GPU, or of the whole process; there a sampler's is the largest one so far.
+GFLOP: 10^9 multiplications and additions of matrix products and convolutions, per image; in training forward and
+backward, in sampling forward, times the network calls.
+of matmul: GFLOP times images/s, in units of what a {matmul_n} x {matmul_n} matrix product reaches in that precision.
 ~: stopped early and scaled to all network calls.
-against it: the first row's images/s and memory in units of this row's, median of the rounds."""
+ours: images/s and memory of the first row in units of this row's, median of the rounds."""
 
 
-def in_a_process(path, kind, how, args):
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("configs", nargs="*", default=["configs/mnist.yaml", "configs/mnist_cpu.yaml"],
+                        help="YAML files (default: configs/mnist.yaml configs/mnist_cpu.yaml)")
+    parser.add_argument("--compare", action="store_true", help="train the UNets of diffusers and "
+                        "denoising-diffusion-pytorch too,\nwith the first config's levels and number of parameters")
+    parser.add_argument("--profile", action="store_true",
+                        help="instead of the table: the time of the first config's update, by kind of operator")
+    parser.add_argument("--rounds", type=positive, default=3, help="rounds, all rows in turn (default 3)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement, at least (default 2)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
+    parser.add_argument("--json", default=None, metavar="FILE.json", help="write the figures of every round there")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    parser.add_argument("--one", default=None, help=argparse.SUPPRESS)  # how the script calls itself
+    args = parser.parse_args(argv)
+    if args.profile and (args.json or args.compare):
+        raise UsageError(f"--{'json' if args.json else 'compare'}: not with --profile, which makes another table")
+    if args.json:
+        check_output(args.json, args.overwrite, "--json")
+    return args
+
+
+def load(path, overrides):
+    config = libs.load_config(path, overrides)
+    config["model"]["num_classes"] = config["model"]["num_classes"] or 10
+    return config
+
+
+def machine(device):
+    """What the figures were measured on."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = platform.processor() or platform.machine()
+        if os.path.exists("/proc/cpuinfo"):
+            with open("/proc/cpuinfo") as f:
+                name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
+        name += f", threads: {torch.get_num_threads()}"
+    return f"{name}, PyTorch {torch.__version__}"
+
+
+# ---- measurements
+
+def other_widths(config):
+    """{name: width} of OTHERS that are as large as our network; prints which package is missing."""
+    ours, widths = build(config).model, {}
+    for name, other in OTHERS.items():
+        try:
+            widths[name] = nearest_width(name, ours, config["model"])
+        except ImportError as e:
+            print(f"{name} is left out: it needs `pip install {other.package}` ({first_line(e)})")
+    return widths
+
+
+def measure_apart(path, kind, width, args):
     """`measure` in a process of its own, so that the peak of its memory is its own."""
     command = [sys.executable, os.path.abspath(__file__), path, "--seconds", str(args.seconds),
-               "--one", json.dumps([kind, how]), *(x for item in args.set for x in ("--set", item))]
+               "--one", json.dumps([kind, width]), *(x for item in args.set for x in ("--set", item))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        why = done.stderr.strip() or f"exit status {done.returncode}"
-        raise RunError(f"{path}, {kind}: {why.splitlines()[-1]}")
+        error = done.stderr.strip() or f"exit status {done.returncode}"
+        raise RunError(f"{path}, {kind}: {error.splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
+
+def measure_all(configs, args):
+    """{(config, row): [figures of each round]}"""
+    jobs = []
+    for k, path in enumerate(configs):
+        others = other_widths(configs[path]) if args.compare and k == 0 else {}
+        jobs += [(path, kind, width) for kind, width in {OURS: None, NAIVE: None, **others, SAMPLERS: None}.items()]
+    results = {}
+    print(f"{args.rounds} rounds of {len(jobs)} measurements, each in a process of its own", flush=True)
+    with progress_bar(args.rounds * len(jobs), "measurement") as bar:
+        for path, kind, width in jobs * args.rounds:
+            for name, figures in measure_apart(path, kind, width, args).items():
+                results.setdefault((path, name), []).append(figures)
+            bar.update()
+    return results
+
+
+# ---- the table
 
 def summary(results):
     """The table's rows from {(config, row): [figures of each round]}: medians, and ratios of the same round's."""
@@ -71,127 +141,41 @@ def digits(x):
 
 def table(rows):
     """Lines of a Markdown table."""
-    cells = [["", "images/s", "peak memory", "GFLOP an image", "of matmul", "against it"]]
-    for path in dict.fromkeys(row["config"] for row in rows):
-        mine = [row for row in rows if row["config"] == path]
-        cells.append([f"**{os.path.basename(path)}**"] + [""] * 5)
-        for row in mine:
-            what = (f"{row['row']}, {row['steps']} steps, {row['calls']} network calls" if "steps" in row else
-                    f"{row['row']}, {row['parameters']:,} parameters, " + ", ".join([row["dtype"], *row["tricks"]]))
-            ratio = (f"{row['images_per_s_ratio']:.2f} x images/s, {row['peak_memory_ratio']:.2f} x memory"
-                     if "images_per_s_ratio" in row else "")
-            speed = "~" * (not row.get("whole", True)) + digits(row["images_per_s"])
-            cells.append([what, speed, f"{row['peak_memory'] / 2 ** 30:.2f} GiB", digits(row["operations"] / 1e9),
-                          f"{row['share']:.0%}", ratio])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for k, line in enumerate(cells):
-        yield "| " + " | ".join(f"{text:<{w}}" if i == 0 else f"{text:>{w}}"
-                                for i, (text, w) in enumerate(zip(line, widths))) + " |"
-        if k == 0:
-            yield "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    lines = []
+    for row in rows:
+        name = f"{os.path.basename(row['config'])}: {row['row']}"
+        what = (f"{row['steps']} steps, {row['calls']} network calls" if "steps" in row else
+                f"{row['parameters']:,} parameters, " + ", ".join([row["dtype"], *row["methods"]]))
+        ratio = (f"{row['images_per_s_ratio']:.2f} x images/s, {row['peak_memory_ratio']:.2f} x memory"
+                 if "images_per_s_ratio" in row else "")
+        speed = "~" * (not row.get("whole", True)) + digits(row["images_per_s"])
+        lines.append([name, what, speed, f"{row['peak_memory'] / 2 ** 30:.2f} GiB", digits(row["operations"] / 1e9),
+                      f"{row['share']:.0%}", ratio])
+    return markdown_table(["", "", "images/s", "peak memory", "GFLOP an image", "of matmul", "ours"], lines)
 
 
-def machine(device):
-    """What the figures were measured on."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = platform.processor() or platform.machine()
-        if os.path.exists("/proc/cpuinfo"):
-            with open("/proc/cpuinfo") as f:
-                name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
-        name += f", threads: {torch.get_num_threads()}"
-    return f"{name}, PyTorch {torch.__version__}"
-
-
-def seconds(text):
-    """Type of --seconds."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{value:g} is no time above 0")
-    return value
-
-
-def parse_args():
-    parser = Parser(__doc__)
-    parser.add_argument("configs", nargs="*", default=["./configs/mnist.yaml", "./configs/mnist_cpu.yaml"],
-                        help="YAML files (default: ./configs/mnist.yaml ./configs/mnist_cpu.yaml)")
-    parser.add_argument("--compare", action="store_true", help="train the UNets of diffusers and "
-                        "denoising-diffusion-pytorch too,\nwith the first config's levels and number of parameters")
-    parser.add_argument("--profile", action="store_true",
-                        help="instead of the table: the ten operators that take most of the first config's update")
-    parser.add_argument("--rounds", type=positive, default=3, help="rounds, all rows in turn (default 3)")
-    parser.add_argument("--seconds", type=seconds, default=2.0, help="of each measurement, at least (default 2)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
-    parser.add_argument("--json", default=None, metavar="FILE.json", help="write the figures of every round there")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
-    parser.add_argument("--one", default=None, help=argparse.SUPPRESS)  # how the script calls itself
-    args = parser.parse_args()
-    if args.profile and (args.json or args.compare):
-        raise UsageError(f"--{'json' if args.json else 'compare'}: --profile measures nothing; leave one of them out")
-    if args.json:
-        if not args.json.endswith(".json"):
-            raise UsageError(f"--json: {args.json} must end in .json")
-        check_output(args.json, args.overwrite, "--json")
-    return args
-
-
-def load(path, overrides):
-    config = libs.load_config(path, overrides)
-    config["model"]["num_classes"] = config["model"]["num_classes"] or 10
-    return config
-
-
-def others(config):
-    """{name: how to build it} of OTHERS; says how wide they are, and which package is missing."""
-    ours, found = build(config).model, {}
-    for name, other in OTHERS.items():
-        try:
-            found[name], n = fit(name, ours, config["model"])
-        except ImportError as e:
-            print(f"{name} is left out: it needs `pip install {other.package}` ({first_line(e)})")
-        else:
-            how = ", ".join(f"{key} {value}" for key, value in found[name].items())
-            print(f"{name}: {how}: {n:,} parameters for our {parameters(ours):,}")
-    return found
-
-
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     configs = {path: load(path, args.set) for path in args.configs}
     first = args.configs[0]
     if args.one:
         print(json.dumps(measure(configs[first], *json.loads(args.one), args.seconds)))
         return
     for config in configs.values():
-        build(config)  # so that what cannot be is said now
+        build(config)  # fail before the work starts
     device = pick_device(configs[first]["devices"])
     if args.profile:
         print(f"{first}, batch {configs[first]['loader']['batch_size']}, {machine(device)}")
         print("\n".join(profile(configs[first], device)))
         return
-
-    extra = others(configs[first]) if args.compare else {}
-    jobs = [(path, kind, how) for path in configs
-            for kind, how in {OURS: None, NAIVE: None, **(extra if path == first else {}), SAMPLERS: None}.items()]
-    minutes = args.rounds * len(jobs) * (2.5 * args.seconds + 5) / 60
-    print(f"{args.rounds} rounds of {len(jobs)} measurements in turn, each in a process of its own: about "
-          f"{minutes:.0f} minutes on two CPU cores", flush=True)
-    results = {}
-    with tqdm(total=args.rounds * len(jobs), unit="measurement", disable=None) as bar:
-        for _ in range(args.rounds):
-            for job in jobs:
-                for name, figures in in_a_process(*job, args).items():
-                    results.setdefault((job[0], name), []).append(figures)
-                bar.update()
-    rows = list(summary(results))
+    rows = list(summary(measure_all(configs, args)))
     print(f"{machine(device)}; batch " + ", ".join(str(c["loader"]["batch_size"]) for c in configs.values()))
     print("\n".join(table(rows)))
-    print(LEGEND.format(n=rows[0]["matmul_n"], rate=rows[0]["matmul_rate"] / 1e9))
+    print(LEGEND.format(**rows[0]))
     if args.json:
-        figures = {"command": shlex.join(sys.argv), "machine": machine(device), "rows": rows}
+        command = shlex.join(["benchmark.py", *(sys.argv[1:] if argv is None else argv)])
         with atomic_file(args.json) as f:
-            f.write(json.dumps(figures, indent=1).encode())
+            f.write(json.dumps({"command": command, "machine": machine(device), "rows": rows}, indent=1).encode())
 
 
 if __name__ == "__main__":
