@@ -223,7 +223,7 @@ def load_config(path, overrides=()):
 
 def complete_config(given):
     """A dict of differences, or a checkpoint's whole configuration, on top of the defaults; see `load_config`."""
-    if "unet" in given.get("model", ()):
+    if isinstance(given.get("model"), dict) and "unet" in given["model"]:
         raise UsageError("config: this is a config of Stable Diffusion; draw with it by txt2img.py")
     name = given.get("model_name", SETTINGS["model_name"][0])
     check_value("model_name", name)
