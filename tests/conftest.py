@@ -1,6 +1,7 @@
-"""What all tests share: `code/` on the path, and the real data where the environment says it is."""
+"""What all tests share: `code/` on the path, the real data where the environment names them, and child processes."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -21,6 +22,24 @@ def real_data():
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Training scripts install handlers of their own: without this, Ctrl-C would not stop the tests any more."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def one_thread():
+    """In this process as in the children of `spawn`, so that sums are added in one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
