@@ -10,11 +10,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 import libs
-from libs import datasets, samplers
-from libs.config import SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -184,16 +181,3 @@ def test_use_from_python(block, monkeypatch):
     names = {}
     exec(block.replace("timesteps=1000", "timesteps=3").replace("steps=10", "steps=2"), names)
     assert names["digits"].shape == (10, 1, 28, 28) and 0 <= names["digits"].min() <= names["digits"].max() <= 1
-
-
-def test_a_data_set_and_a_sampler(monkeypatch):
-    dataset, sampler = BLOCKS[2:]
-    names = {"KNOWN": {}, "SIZES": {}}
-    exec(dataset, names)
-    assert len(names["KNOWN"]["KMNIST"]) == len(datasets.KNOWN["MNIST"]) and names["SIZES"]["KMNIST"][0] == 60000
-    names = dict(vars(samplers))
-    exec(sampler, names)
-    x, sigmas = 10 * torch.randn(2, 1, 4, 4, dtype=torch.float64), samplers.karras_sigmas(4, 0.1, 10)
-    drawn = [solver(lambda x, sigma: x / (1 + sigma ** 2), x, sigmas) for solver in (names["mine"], samplers.euler)]
-    assert torch.allclose(*drawn)
-    assert "euler" in SETTINGS["sample_cfg.sampler"][1][0]
