@@ -2,146 +2,129 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.utils import save_image
 
 import evaluate
 import train
-from libs.common.cli import run
-from helpers import Place, tree
-from libs.config import portable
+from helpers import Place, one_line, tree
+from libs import UsageError, config
 from libs.data.images import write_npz
 
 
-@pytest.fixture
-def place(tmp_path):
-    """Real images of two classes, 220 to train on and 220 others, at 32 pixels, and a random autoencoder to make features."""
-    place = Place(tmp_path)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Real images of two classes, 220 to train on and 220 others, at 32 pixels, and a random autoencoder for features."""
+    place = Place(tmp_path_factory.mktemp("place"))
     shutil.rmtree(place.root / "images")
     tree(place.root / "images", {split: ["cat", "dog"] for split in ("train", "test")}, 110, height=40, width=40)
-    place.weights = place.autoencoder()["model.vae_encoder_weights"]
-    place.settings = ["dataset.img_size=32", "eval.features=autoencoder"]
-    return place
+    settings = yaml.safe_load(place.config.read_text())
+    settings["dataset"]["img_size"] = 32
+    settings["eval"] = {"features": "autoencoder"}
+    settings["model"]["vae_encoder_weights"] = str(place.autoencoder()["model.vae_encoder_weights"])
+    place.config.write_text(yaml.safe_dump(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "CACHE", str(place.root / "cache"))
+        yield place
 
 
 @pytest.fixture
-def call(place, monkeypatch, capsys):
-    """call(arguments) -> (exit status, standard output, standard error) of evaluate.py in this process."""
-    def call(*arguments, script=evaluate):
-        monkeypatch.chdir(place.root)
-        extra = ["--device", "cpu"] if script is evaluate else []
-        if script is evaluate and "classifier" not in arguments:
-            extra += ["--feature-weights", place.weights]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), *map(str, extra)])
-        with pytest.raises(SystemExit) as e:
-            run(script.main)
-        return e.value.code or 0, *capsys.readouterr()
-    return call
+def run_folder(place, tmp_path):
+    """A run folder, as of an old run, with the config.txt that makes it one."""
+    checkpoint = place.checkpoint(classes=["cat", "dog"])
+    shutil.copy(place.config, checkpoint.parent / "config.txt")
+    return shutil.move(checkpoint.parent, tmp_path / "run")
 
 
-def run_folder(place):
-    """An old run, with the config.txt that makes it one."""
-    import yaml
-    checkpoint = place.checkpoint(*place.settings, classes=["cat", "dog"])
-    state = torch.load(checkpoint, weights_only=True)
-    (checkpoint.parent / "config.txt").write_text(yaml.safe_dump(portable(state["config"])))
-    return checkpoint.parent
+def measure(*arguments):
+    evaluate.main([*map(str, arguments), "--device", "cpu"])
 
 
-def test_a_run_folder(place, call):
-    folder = run_folder(place)
-    status, out, err = call(folder, "--num", "204")
-    assert status == 0, err
-    assert "2 network calls an image, about" in out and "204 images" in out
-    figures = json.loads((folder / "evaluation_epoch_000.json").read_text())
+def refused(words, *arguments):
+    with pytest.raises(UsageError, match=words) as error:
+        measure(*arguments)
+    one_line(error)
+
+
+def test_a_run_folder(run_folder, capsys):
+    measure(run_folder, "--num", 204)
+    out = capsys.readouterr().out
+    assert "2 network calls an image" in out and "204 images" in out
+    figures = json.loads((run_folder / "evaluation_epoch_000.json").read_text())
     assert figures["n"] == 204 and figures["steps"] == 2 and figures["step"] == 2 and figures["sampler"] == "ddim"
     for name in ("generated", "floor", "ceiling"):
         assert 0 <= figures[name]["fd_train"] < float("inf") and 0 <= figures[name]["recall"] <= 1
     assert figures["floor"]["fd_train"] < figures["generated"]["fd_train"]  # an untrained network
     assert "no sign of copies" in figures["memorization"]["copies"]["verdict"] in out
     assert f"{figures['generated']['fd_train']:.3f}" in out and f"{figures['ceiling']['fd_train']:.3f}" in out
-    with Image.open(folder / "evaluation_epoch_000.png") as picture:
+    with Image.open(run_folder / "evaluation_epoch_000.png") as picture:
         assert picture.width > 10 * 32 * 2 and picture.height > 14 * 32 * 2
-    board = EventAccumulator(str(folder / "logs")).Reload()
-    event, = board.Scalars("evaluation/fd_train")
+    event, = EventAccumulator(str(run_folder / "logs")).Reload().Scalars("evaluation/fd_train")
     assert event.value == pytest.approx(figures["generated"]["fd_train"], rel=1e-6) and event.step == 2
     # nothing is replaced unasked, and the same seed gives the same figures
-    status, _, err = call(folder, "--num", "204")
-    assert status == 2 and "--overwrite" in err
-    assert call(folder, "--num", "204", "--overwrite", "--batch-size", "50")[0] == 0
-    again = json.loads((folder / "evaluation_epoch_000.json").read_text())
+    refused("evaluation_epoch_000.json exists; .*--overwrite", run_folder, "--num", 204)
+    measure(run_folder, "--num", 204, "--overwrite", "--batch-size", 50, "--no-memorization")
+    again = json.loads((run_folder / "evaluation_epoch_000.json").read_text())
     assert again["generated"]["fd_train"] == pytest.approx(figures["generated"]["fd_train"], rel=1e-3)
 
 
-def test_images_of_a_folder_and_of_a_file_have_the_same_numbers(place, call):
-    pixels = torch.randint(256, (230, 3, 32, 32), dtype=torch.uint8)
-    write_npz(str(place.root / "a.npz"), pixels)
-    (place.root / "pngs").mkdir()
+def test_a_folder_and_a_file_of_the_same_images_have_the_same_numbers(place, tmp_path):
+    pixels, found = torch.randint(256, (230, 3, 32, 32), dtype=torch.uint8), []
+    write_npz(str(tmp_path / "a.npz"), pixels)
+    (tmp_path / "pngs").mkdir()
     for i, image in enumerate(pixels):
-        save_image(image / 255, place.root / "pngs" / f"{i:03d}.png")
-    place.checkpoint(*place.settings)
-    place.config.write_text(place.config.read_text().replace("img_size: 16", "img_size: 32")
-                            + "eval: {features: autoencoder}\n")
-    found = []
+        save_image(image / 255, tmp_path / "pngs" / f"{i:03d}.png")
     for source in ("a.npz", "pngs"):
-        status, out, err = call(source, "--config", place.config, "--output", f"{source}.json")
-        assert status == 0, err
-        found.append(json.loads((place.root / f"{source}.json").read_text()))
-    assert found[0]["generated"] == found[1]["generated"] and found[0]["n"] == 220 and found[0]["n_all"][:2] == [230, 220]
-    write_npz(str(place.root / "few.npz"), pixels[:150])
-    for arguments, word in ((["a.npz"], "--config"), (["a.npz", "--config", place.config, "--steps", "3"], "--steps"),
-                            (["few.npz", "--config", place.config], "150 images")):
-        status, _, err = call(*arguments)
-        assert status == 2 and word in err and len(err.splitlines()) == 1
+        measure(tmp_path / source, "--config", place.config, "--output", tmp_path / f"{source}.json")
+        found.append(json.loads((tmp_path / f"{source}.json").read_text()))
+    assert found[0]["generated"] == found[1]["generated"]
+    assert found[0]["n"] == 220 and found[0]["n_all"] == [230, 220, 220]
+    write_npz(str(tmp_path / "few.npz"), pixels[:150])
+    refused("--config: .*a.npz holds images", tmp_path / "a.npz")
+    refused("--steps: .*a.npz holds images", tmp_path / "a.npz", "--config", place.config, "--steps", 3)
+    refused("images in .*few.npz: 150 is too few", tmp_path / "few.npz", "--config", place.config, "--output",
+            tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--num", "50"], ["--num", "50", "200"]),
-    (["--num", "0"], ["--num", "1 is the least"]),
-    (["--sampler", "eular"], ["sampler", "eular", "euler"]),
-    (["--steps", "11"], ["steps", "11", "10"]),
-    (["--guidance-scale", "2"], ["guidance_scale", "2.0", "label_dropout"]),
-    (["--features", "classifer"], ["--features", "classifer", "classifier"]),
-    (["--features", "classifier"], ["classifier", "1 x 28 x 28"]),
-    (["--output", "x.txt"], ["--output", "x.txt", ".json"]),
-    (["--data-folder", "nowhere"], ["nowhere"]),
+    (["--num", 50], "--num: 50 is too few .* 200"),
+    (["--sampler", "eular"], "sampler.*eular"),
+    (["--features", "classifer"], "--features: .*classifer.*classifier"),
+    (["--features", "classifier"], "classifier: images are .* B x 1 x 28 x 28"),
+    (["--output", "x.txt"], "--output: x.txt must end in .json"),
+    (["--data-folder", "nowhere"], "nowhere"),
 ])
-def test_what_cannot_be_evaluated(place, call, arguments, words):
-    folder = run_folder(place)
-    before = sorted(folder.rglob("*"))
-    status, _, err = call(folder, "--num", "204", *arguments) if "--num" not in arguments else call(folder, *arguments)
-    assert status == 2 and len(err.splitlines()) == 1 and all(w in err for w in words), err
-    assert sorted(folder.rglob("*")) == before
+def test_what_cannot_be_evaluated(run_folder, arguments, words):
+    before = sorted(run_folder.rglob("*"))
+    refused(words, run_folder, "--num", 204, *arguments)
+    assert sorted(run_folder.rglob("*")) == before
 
 
-def test_a_model_of_the_test_images_has_no_unseen_ones(place, call):
-    status, _, err = call(place.checkpoint(*place.settings, "dataset.split=test"), "--num", "204")
-    assert status == 2 and "dataset.split" in err and "--no-memorization" in err and len(err.splitlines()) == 1
+def test_a_model_of_the_test_images_has_no_unseen_ones(place, tmp_path):
+    refused("dataset.split: .*--no-memorization", place.checkpoint("dataset.split=test"), "--output", tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("known, status", [(["dog", "cat"], 0), (["cat", "cow"], 2)])
-def test_classes_are_matched_by_name(place, call, known, status):
-    found, _, err = call(place.checkpoint(*place.settings, classes=known), "--num", "204", "--no-memorization")
-    assert found == status and (status == 0 or "dog" in err and "cow" in err), err
+def test_classes_are_matched_by_name(place, tmp_path):
+    options = ["--num", 204, "--no-memorization", "--output", tmp_path / "x.json"]
+    measure(place.checkpoint(classes=["dog", "cat"]), *options)
+    refused("class dog .* none of the model's .*cow", place.checkpoint(classes=["cat", "cow"]), *options, "--overwrite")
 
 
-def test_train_evaluates_as_it_goes(place, call, monkeypatch):
-    path, saved, measure = place.config, [], train.RunFolder.evaluate
+def test_train_evaluates_as_it_goes(place, monkeypatch):
+    saved, measure_samples = [], train.evaluate_model
 
     def measure_later(*arguments):
         saved.append((place.runs / "tiny_x" / "model_final.pth.tar").exists())
-        measure(*arguments)
-    monkeypatch.setattr(train.RunFolder, "evaluate", measure_later)
-    status, out, err = call(path, "--output", "x", "--set", "dataset.img_size=32", "--set", "train_cfg.epochs=2",
-                            "--set", "eval.every=1", "--set", "eval.num=20", "--set", "eval.features=autoencoder",
-                            "--set", f"model.vae_encoder_weights={place.weights}", script=train)
-    assert status == 0, err
+        return measure_samples(*arguments)
+    monkeypatch.setattr(train, "evaluate_model", measure_later)
+    train.main([str(place.config), "--output", "x", "--set", "train_cfg.epochs=2", "--set", "eval.every=1",
+                "--set", "eval.num=20", "--set", "loader.batch_size=55"])
     assert saved == [False, True]  # before the last one, which could fail, all is saved
     board = EventAccumulator(str(place.runs / "tiny_x" / "logs")).Reload()
-    assert [e.step for e in board.Scalars("eval/fd_train")] == [110, 220]
+    assert [e.step for e in board.Scalars("eval/fd_train")] == [4, 8]
     assert board.Scalars("eval/fd_floor")[0].value == board.Scalars("eval/fd_floor")[1].value > 0
