@@ -179,5 +179,5 @@ BLOCKS = code_blocks((ROOT / "code/README.md").read_text("utf-8"), "python")
 def test_use_from_python(block, monkeypatch):
     monkeypatch.chdir(ROOT / "code")
     names = {}
-    exec(block.replace("timesteps=1000", "timesteps=3").replace("steps=10", "steps=2"), names)
+    exec(block.replace("timesteps=1000", "timesteps=3").replace("dim=64", "dim=8").replace("steps=10", "steps=2"), names)
     assert names["digits"].shape == (10, 1, 28, 28) and 0 <= names["digits"].min() <= names["digits"].max() <= 1
