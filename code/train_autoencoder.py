@@ -10,8 +10,6 @@ model.vae_decoder_weights.
 
 import json
 import os
-import time
-from collections import defaultdict
 
 from libs.common.checkpoint import set_aside_later
 from libs.common.cli import Parser, add_training_flags, check_output, run
@@ -26,9 +24,10 @@ from libs.tiny_autoencoder import TAESD
 from libs.training.autoencoder import (GRID_ROW, WHOLE_FROM, TrainedTAESD, complete_settings, draw_crops, evaluate,
                                        is_hidden_kernel, load_images, load_settings)
 from libs.training.device import autocast, memory_format, pick_device, pick_precision
+from libs.training.distributed import World
 from libs.training.resume import check_data, find_place, restore
-from libs.training.run_folder import RunFolder, describe, resume_command
-from libs.training.update import AverageMeter, Signals, Trainer
+from libs.training.run_folder import RunFolder, TrainingLog, describe, resume_command
+from libs.training.update import Signals, Trainer
 
 QUICK = 32  # test images that are measured during training
 
@@ -87,7 +86,7 @@ def main(argv=None):
     """4. Run folder"""
     out = RunFolder(folder, config, trainer, batch_size, args)
     out.last_checkpoint = resume_path
-    log = Log(out, cfg["epochs"], batch_size)
+    log = TrainingLog(out, model, World(), batch_size, cfg["epochs"])
     signals = Signals()
 
     """5. Training"""
@@ -96,11 +95,10 @@ def main(argv=None):
         train_one_epoch(trainer, dataset, config, updates, precision, log, signals)
         is_final = trainer.epoch == cfg["epochs"]
         if is_final or signals.received or trainer.epoch % args.ckpt_freq == 0:
-            started = time.time()
-            out.save({"updates_per_epoch": updates}, is_final)
-            if is_final or not signals.received:
-                show_reconstructions(out, test, split)
-            log.clock += time.time() - started  # this does not count in crops/s
+            with log.paused():
+                out.save({"updates_per_epoch": updates}, is_final)
+                if is_final or not signals.received:
+                    show_reconstructions(out, test, split)
     out.close()
     if trainer.epoch < cfg["epochs"]:
         out.print(f"saved {display_path(out.last_checkpoint)}; go on with: {resume_command(folder)}")
@@ -121,43 +119,13 @@ def train_one_epoch(trainer, dataset, config, updates, precision, log, signals):
     while trainer.batch < updates and not signals.received:
         images, noise = draw_crops(dataset, config, trainer.step, trainer.total_steps, trainer.device)
         with autocast(trainer.device, precision):
-            terms = trainer.model(images, noise)
-        terms["loss"] = sum(terms.values())
-        trainer.backward(terms["loss"])
-        terms["grad_norm"], finite = trainer.update()
+            loss = trainer.model(images, noise)
+        trainer.backward(loss)
+        norm, finite = trainer.update()
         trainer.batch += 1
-        log.update(terms, finite)
+        log.update(loss.detach(), None, norm, finite)
     if trainer.batch == updates:
         trainer.epoch, trainer.batch = trainer.epoch + 1, 0
-
-
-class Log:
-    """Averages since the last line, and the line, on the terminal and in TensorBoard."""
-
-    def __init__(self, out, epochs, batch_size):
-        self.out, self.trainer, self.epochs, self.batch_size = out, out.trainer, epochs, batch_size
-        self.meters, self.clock, self.clock_step = defaultdict(AverageMeter), time.time(), out.trainer.step
-
-    def update(self, values, finite):
-        """After an update: the terms of the loss and the gradient's norm, and whether the update was made."""
-        for tag, value in values.items():
-            self.meters[tag].update(value.detach().nan_to_num(0, 0, 0), finite)
-        self.out.progress()
-        self.trainer.check(self.out.last_checkpoint)
-        if self.trainer.step % self.out.args.print_freq == 0 or self.trainer.step == self.trainer.total_steps:
-            self.write()
-
-    def write(self):
-        step, total, skipped = self.trainer.step, self.trainer.total_steps, int(self.trainer.skipped)
-        rate = (step - self.clock_step) / (time.time() - self.clock)
-        self.out.print(f"epoch {self.trainer.epoch + 1}/{self.epochs}  update {step}/{total}  "
-                       f"loss {self.meters['loss'].avg:.4f}  {rate * self.batch_size:.0f} crops/s  "
-                       f"{(total - step) / rate / 60:.1f} minutes left"
-                       + (f"  {skipped} updates left out" if skipped else ""))
-        scalars = {f"train/{tag}": meter.avg for tag, meter in self.meters.items()}
-        self.out.scalars({**scalars, "train/lr": self.trainer.lr, "train_speed/crops_per_s": rate * self.batch_size})
-        self.meters.clear()
-        self.clock, self.clock_step = time.time(), step
 
 
 def held_out(data):

@@ -145,25 +145,22 @@ def rms(error):
     return np.mean([math.sqrt((image ** 2).mean() + 1e-4) for image in error])
 
 
-def test_terms_of_the_loss():
+def test_loss():
     model = TrainedTAESD().double()
     images = torch.rand(3, 3, 32, 32, dtype=torch.float64)
     noise = torch.randn(3, 4, 4, 4, dtype=torch.float64)
     with torch.no_grad():
         model.model.encoder[-1].weight *= 6  # so that some latents are beyond 2.5
-        terms = model(images, noise)
+        loss = float(model(images, noise))
         z = model.model.encoder(images)
         out = model.model.decoder(z + autoencoder.LATENT_NOISE * noise)
     error = (out - images).numpy()
-    assert float(terms["pixels"]) == pytest.approx(rms(error))
     edges = rms(error[:, :, 1:] - error[:, :, :-1]) + rms(error[..., 1:] - error[..., :-1])
-    assert float(terms["edges"]) == pytest.approx(autoencoder.EDGES * edges)
     channels = z.transpose(0, 1).flatten(1).numpy()
     away = np.maximum(np.abs(channels) - 2.5, 0)
     assert (away > 0).any()
-    wanted = (channels.mean(1) ** 2 + (channels.std(1, ddof=1) - 1) ** 2).mean() + (away ** 2).mean()
-    assert float(terms["latents"]) == pytest.approx(autoencoder.LATENTS * wanted)
-    assert terms.keys() == {"pixels", "edges", "latents"}
+    moments = (channels.mean(1) ** 2 + (channels.std(1, ddof=1) - 1) ** 2).mean() + (away ** 2).mean()
+    assert loss == pytest.approx(rms(error) + 0.1 * edges + 0.1 * moments)
 
 
 def test_training_starts_with_blocks_that_pass_things_on_and_usable_latents():
@@ -239,11 +236,11 @@ def test_from_images_to_files(script, folder, monkeypatch, capsys, diffusers):
     assert sorted(p.name for p in whole.iterdir()) == [
         "config.txt", "decoder.pth", "encoder.pth", "epoch_001.pth.tar", "epoch_003.pth.tar", "evaluation.json",
         "evaluation.png", "logs", "model_final.pth.tar", "sample-1.png", "sample-3.png"]
-    assert Image.open(whole / "sample-3.png").size == (3 * 33 + 1, 33 + 1)
+    width, height = Image.open(whole / "sample-3.png").size
+    assert 2.9 < width / height < 3  # three reconstructions and the lines between them
     board = EventAccumulator(str(whole / "logs"))
     board.Reload()
-    assert {"train/loss", "train/pixels", "train/edges", "train/latents", "train/lr", "train/grad_norm", "eval/psnr",
-            "eval/ssim"} <= set(board.Tags()["scalars"])
+    assert {"train/loss", "train/lr", "train/grad_norm", "eval/psnr", "eval/ssim"} <= set(board.Tags()["scalars"])
     assert [e.step for e in board.Scalars("train/loss")] == [5, 10, 12]
     assert [e.step for e in board.Scalars("eval/psnr")] == [6, 12]
 

@@ -100,17 +100,15 @@ class TrainedTAESD(nn.Module):
                 initialize(half)
 
     def forward(self, images, noise):
-        """The terms of the loss by name: weighted scalars. See draw_crops for the arguments."""
+        """The loss, a scalar. See draw_crops for the arguments."""
         latents = self.model.encoder(images)
         error = self.model.decoder(latents + LATENT_NOISE * noise).to(images.dtype) - images
         latents = latents.to(images.dtype)  # out of autocast's precision for the sums
         std, mean = torch.std_mean(latents, (0, 2, 3))
-        return {
-            "pixels": distance(error),
-            "edges": EDGES * (distance(error.diff(dim=2)) + distance(error.diff(dim=3))),
-            "latents": LATENTS * (mean.square().mean() + (std - 1).square().mean()
-                                  + F.relu(latents.abs() - FREE).square().mean()),
-        }
+        pixels = distance(error)
+        edges = distance(error.diff(dim=2)) + distance(error.diff(dim=3))
+        moments = mean.square().mean() + (std - 1).square().mean() + F.relu(latents.abs() - FREE).square().mean()
+        return pixels + EDGES * edges + LATENTS * moments
 
 
 def distance(error):

@@ -125,20 +125,24 @@ class _GridWatch:
 
 
 class TrainingLog:
-    """Averages of the updates since the last line, and the line: on the terminal and in TensorBoard."""
+    """Averages of the updates since the last line, and the line: on the terminal and in TensorBoard.
+
+    By tenths of the diffusion time too, if the model has one (`timesteps`; an autoencoder has none).
+    """
 
     def __init__(self, folder, model, world, batch_size, epochs):
         self.folder, self.trainer, self.world, self.batch_size, self.epochs = (
             folder, folder.trainer, world, batch_size, epochs)
         self.loss, self.norm = AverageMeter(), AverageMeter()
-        self.tenths = TenthsMeter(model.timesteps, self.trainer.device)
+        self.tenths = TenthsMeter(model.timesteps, self.trainer.device) if hasattr(model, "timesteps") else None
         self.clock, self.clock_step = time.time(), self.trainer.step
 
     def update(self, each, t, norm, finite):
         """After an update: the loss of each image and its t, the gradient's norm, and whether the update was made."""
         self.loss.update(each.mean().nan_to_num(0, 0, 0), finite)
         self.norm.update(norm.nan_to_num(0, 0, 0), finite)
-        self.tenths.update(each, t)
+        if self.tenths:
+            self.tenths.update(each, t)
         self.folder.progress()
         self.trainer.check(self.folder.last_checkpoint)
         if self.trainer.step % self.folder.args.print_freq == 0 or self.trainer.step == self.trainer.total_steps:
@@ -157,8 +161,8 @@ class TrainingLog:
         scalars = {"train/loss": loss, "train/lr": trainer.lr, "train/grad_norm": self.norm.avg,
                    "train/skipped_updates": skipped, "train_speed/images_per_s": rate * self.batch_size,
                    "train_speed/peak_memory_GiB": peak_memory(trainer.device) / 2 ** 30}
-        scalars |= {f"train_loss_by_time/{k / 10:.1f}": x for k, x in enumerate(self.tenths.read(self.world.total))
-                    if x == x}
+        averages = self.tenths.read(self.world.total) if self.tenths else []
+        scalars |= {f"train_loss_by_time/{k / 10:.1f}": x for k, x in enumerate(averages) if x == x}
         self.folder.scalars(scalars)
         self.loss.reset(), self.norm.reset()
         self.clock, self.clock_step = time.time(), step
