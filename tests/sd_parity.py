@@ -41,7 +41,8 @@ SCHEDULERS = {
 
 TRUE_SIZE = defaults_of(SETTINGS)["model"]
 # the true model with fewer channels and layers: all modules of the UNet and the autoencoder have the same names
-SMALL = {"unet": TRUE_SIZE["unet"] | {"dim": 32, "context_dim": 32}, "autoencoder": TRUE_SIZE["autoencoder"] | {"dim": 32},
+SMALL = {"unet": TRUE_SIZE["unet"] | {"dim": 32, "context_dim": 32},
+         "autoencoder": TRUE_SIZE["autoencoder"] | {"dim": 32},
          "text_encoder": {"width": 32, "layers": 2, "heads": 2}}
 
 

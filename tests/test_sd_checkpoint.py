@@ -14,7 +14,7 @@ import torch
 from helpers import Evil, one_line
 from libs.common.errors import UsageError
 from libs.stable_diffusion import load_checkpoint
-from libs.stable_diffusion.checkpoint import AUTOENCODER, TEXT, UNET, check_family
+from libs.stable_diffusion.checkpoint import AUTOENCODER, TEXT, UNET, build_parts, check_tensors, take_average
 from libs.stable_diffusion.files import read_tensors
 from random_sd_checkpoint import layout, random_tensor, write_safetensors
 from sd_parity import SMALL, small_checkpoint
@@ -68,7 +68,7 @@ def test_all_formats_load_alike(tmp_path, tensors, ending, dtype):
             assert value.dtype == torch.float32 and torch.equal(value, tensors[prefix + name].to(dtype).float()), name
     half = load(path, dtype=torch.float16)
     assert {p.dtype for part in (half.unet, half.text_encoder) for p in part.parameters()} == {torch.float16}
-    assert half.autoencoder.dtype == torch.float32 and not half.training
+    assert half.autoencoder.quant_conv.weight.dtype == torch.float32 and not half.training
     assert not any(p.requires_grad for p in half.parameters())
 
 
@@ -92,18 +92,16 @@ def test_weights_stay_in_the_file(tmp_path, tensors, ending):
     assert torch.equal(load(path).unet.out[2].weight, tensors[OUT])
 
 
-def test_averaged_or_plain_weights(tmp_path, tensors):
-    path = save(tmp_path / "full.ckpt", tensors | averages(tensors))
-    averaged, plain = load(path), load(path, ema=False)
-    for name, value in plain.unet.state_dict().items():
-        assert torch.equal(value, tensors[UNET + name])
-        assert torch.equal(averaged.unet.state_dict()[name], value + 1)
-    assert torch.equal(averaged.autoencoder.quant_conv.weight, plain.autoencoder.quant_conv.weight)
-    assert (averaged.weights, plain.weights) == ("ema", "plain")
-    # the average alone
-    others = {k: v for k, v in tensors.items() if not k.startswith(UNET)}
-    alone = load(save(tmp_path / "ema.ckpt", averages(tensors) | others))
-    assert alone.weights == "ema" and torch.equal(alone.unet.out[2].weight, tensors[OUT] + 1)
+def test_averaged_weights(tensors):
+    """txt2img.py's test loads such a file."""
+    parts, both = build_parts(SMALL), tensors | averages(tensors)
+    assert take_average(both, parts)
+    for name, value in tensors.items():
+        assert torch.equal(both[name], value + 1 if name.startswith(UNET) else value), name
+    check_tensors("file", both, parts)
+    alone = averages(tensors)
+    assert take_average(alone, parts) and torch.equal(alone[OUT], tensors[OUT] + 1)
+    assert not take_average(dict(tensors), parts)
 
 
 def test_names_of_some_fine_tuned_files(tmp_path, tensors):
@@ -184,9 +182,8 @@ def test_incomplete_files(tmp_path, tensors, ending, share):
     assert str(path) in message and "damaged or no" in message and (share < 0.9 or "download it again" in message)
 
 
-@pytest.mark.parametrize("entry", [dict(data_offsets=[0]), dict(data_offsets="08"), dict(data_offsets=[-99, 8]),
-                                   dict(shape=[2.0]), dict(shape=None), dict(shape=[2 ** 62, 4]), dict(shape=[9]),
-                                   dict(dtype="F33"), None, 3])
+@pytest.mark.parametrize("entry", [dict(data_offsets=[0]), dict(data_offsets=[-8, 0]), dict(shape=[2.0]),
+                                   dict(shape=None), dict(shape=[9]), dict(dtype="F33"), 3])
 def test_wrong_headers(tmp_path, entry):
     good = dict(dtype="F32", shape=[2], data_offsets=[0, 8])
     entry = {**good, **entry} if isinstance(entry, dict) else entry
@@ -225,10 +222,6 @@ def test_missing_unexpected_and_misshapen_tensors(tmp_path, tensors):
 def test_other_families_are_named(tmp_path, name, shape, says):
     message = refused(save(tmp_path / "a.safetensors", {name: torch.zeros(shape)}))
     assert says in message and "this is for Stable Diffusion 1.1 to 1.5" in message
-
-
-def test_the_real_names_are_of_no_other_family(tensors):
-    check_family("a", tensors | averages(tensors))
 
 
 def test_files_that_are_no_checkpoint(tmp_path):

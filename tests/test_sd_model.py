@@ -117,8 +117,7 @@ def test_text_encoder(sd, theirs):
 
 # ---- whole pictures beside diffusers: text, guidance with a negative prompt, sampler, decoder
 
-@pytest.mark.parametrize("sampler, steps", [("ddim", 20), ("ddim", 7), ("dpmpp_2m", 20), ("dpmpp_2m", 9), ("heun", 6),
-                                            ("euler", 12)])
+@pytest.mark.parametrize("sampler, steps", [("ddim", 7), ("dpmpp_2m", 9), ("heun", 5), ("euler", 8)])
 def test_pictures_agree_with_diffusers(sd, theirs, sampler, steps):
     noise, prompts = torch.randn(2, 4, 8, 8), ["a cat", "two dogs in the snow"]
     ours = sd.sample(prompts, "blurry", sampler=sampler, steps=steps, guidance_scale=7.5, noise=noise, **SIZE)
@@ -144,7 +143,7 @@ def test_prompt_negative_prompt_and_scale_matter(sd):
     noise = torch.randn(1, 4, 8, 8)
 
     def draw(prompt="a cat", negative="", scale=7.5):
-        return sd.sample(prompt, negative, steps=5, noise=noise, guidance_scale=scale, **SIZE)
+        return sd.sample(prompt, negative, steps=3, noise=noise, guidance_scale=scale, **SIZE)
 
     for other in (draw("a dog"), draw(negative="blurry"), draw(scale=2)):
         assert levels(draw(), other)[1] > 5
@@ -153,7 +152,7 @@ def test_prompt_negative_prompt_and_scale_matter(sd):
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral"])
 def test_a_picture_depends_on_its_seed_not_on_its_batch(sd, sampler):
-    options = dict(steps=5, sampler=sampler, **SIZE)
+    options = dict(steps=3, sampler=sampler, **SIZE)
     batch = sd.sample(["a cat", "a dog", "a cat"], generator=seeded([3, 4, 5]), **options)
     alone = sd.sample(["a dog"], generator=seeded([4]), **options)
     assert levels(batch[1:2], alone)[0] <= 1 and levels(batch[:1], batch[2:])[1] > 5

@@ -2,8 +2,8 @@
 
 import os
 
-from ..config import (CODE, defaults_of, device, integer, list_of, merge, number, one_of, optional, read_yaml,
-                      text)
+from ..common.rules import device, integer, list_of, number, one_of, optional, text
+from ..config import CODE, defaults_of, merge, read_yaml
 from .model import DTYPES, SAMPLERS
 
 # key -> (default, rule); the defaults are Stable Diffusion 1.x

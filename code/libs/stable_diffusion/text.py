@@ -16,7 +16,7 @@ from torch import nn
 
 from ..common.errors import UsageError
 
-LENGTH = 77  # tokens of a prompt, its start and its end among them
+LENGTH = 77  # tokens of a prompt, including its start and end
 VOCABULARY = 49408
 
 
@@ -34,7 +34,7 @@ def read_merges():
 
 
 def byte_symbols():
-    """A printable character for each byte: itself where it has one, else one from 256 on; in CLIP's order."""
+    """{byte: printable character}: its own if it has one, else one from number 256 on; in CLIP's order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
@@ -42,11 +42,11 @@ def byte_symbols():
 
 SPECIAL = re.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
 CONTRACTION = re.compile(r"'(?:s|t|re|ve|m|ll|d)")
-KINDS = re.compile(r"L+|N|P+")  # letters, one number, signs
+KINDS = re.compile(r"L+|N|P+")  # a run of letters, one number, a run of other signs
 
 
 def kind(char):
-    """L, N, P or a space: what Unicode's properties make of a character."""
+    """By its Unicode category: "L" for a letter, "N" for a number, " " for a space, "P" for anything else."""
     if char in "\t\n\v\f\r \x85" or unicodedata.category(char) in ("Zs", "Zl", "Zp"):
         return " "
     first = unicodedata.category(char)[0]
@@ -54,9 +54,9 @@ def kind(char):
 
 
 def split_words(text):
-    """A prompt's words: of letters, single numbers, of other signs, and the ends of he's, they'll, ...
+    """The words of a prompt: runs of letters, single numbers, runs of other signs, and contractions such as 's or 'll.
 
-    Cleaned as transformers' CLIPTokenizer does it: composed characters (NFC), small letters; no other repairs.
+    Normalised as in transformers' CLIPTokenizer: composed characters (NFC), lower case, nothing else.
     """
     text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))  # one by one: no final sigma
     kinds, words, i = "".join(map(kind, text)), [], 0
@@ -83,19 +83,19 @@ class Tokenizer:
         self.word = lru_cache(100_000)(self._word)
 
     def _word(self, word):
-        """Token numbers of one word: its bytes, of which the most frequent pair is joined again and again."""
+        """Token numbers of one word: starting from its bytes, the most frequent pair is merged again and again."""
         parts = [self.bytes[b] for b in word.encode("utf-8", "replace")]
         parts[-1] += "</w>"
         while len(parts) > 1:
             pair = min(zip(parts, parts[1:]), key=lambda p: self.rank.get(p, len(self.rank)))
             if pair not in self.rank:
                 break
-            joined, i = [], 0
+            merged, i = [], 0
             while i < len(parts):
-                both = tuple(parts[i:i + 2]) == pair
-                joined.append("".join(pair) if both else parts[i])
-                i += 1 + both
-            parts = joined
+                is_pair = tuple(parts[i:i + 2]) == pair
+                merged.append("".join(pair) if is_pair else parts[i])
+                i += 1 + is_pair
+            parts = merged
         return tuple(self.ids[p] for p in parts)
 
     def encode(self, prompt):
@@ -109,20 +109,20 @@ class Tokenizer:
         return ids
 
     def __call__(self, prompts):
-        """List of B texts, or one text -> B x 77, long. What is too long loses its end; `surplus` says how much."""
+        """List of B texts, or one text -> B x 77, long. Long prompts are cut off; `surplus` says by how much."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         rows = [[self.start, *self.encode(p)[:LENGTH - 2], self.end] for p in prompts]
         return torch.tensor([row + [self.end] * (LENGTH - len(row)) for row in rows])
 
     def surplus(self, prompt):
-        """How many of a prompt's tokens do not fit."""
+        """The number of tokens of a prompt that do not fit."""
         return max(0, len(self.encode(prompt)) - (LENGTH - 2))
 
 
 # ---- the encoder
 
 class TextAttention(nn.Module):
-    """Each token looks at itself and at those before it. B x L x C -> the same shape."""
+    """Causal self-attention: a token sees itself and those before it. B x L x C -> the same shape."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -161,8 +161,8 @@ class TextEncoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(self, ids):
-        places = self.embeddings["position_embedding"].weight[:ids.shape[1]]
-        x = self.embeddings["token_embedding"](ids) + places
+        positions = self.embeddings["position_embedding"].weight[:ids.shape[1]]
+        x = self.embeddings["token_embedding"](ids) + positions
         for layer in self.encoder["layers"]:
             x = layer(x)
         return self.final_layer_norm(x)

@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..blocks import Downsample, ResBlock, SinusoidalPE, SpatialTransformer, Upsample
+from ..tiny_autoencoder import LATENT_CHANNELS
+
+GROUPS = 32  # of every GroupNorm
 
 
 class Block(nn.Sequential):
-    """Layers in a row, each given what it takes: the time, the context, or the size to come back to."""
+    """A sequence of layers. Each gets the arguments that it takes: the time, the context, or the size to return to."""
 
     def forward(self, x, t_emb, context, size=None):
         for layer in self:
@@ -22,7 +25,7 @@ class Block(nn.Sequential):
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context)
             elif isinstance(layer, Upsample):
-                # twice the size, or one pixel less where the Downsample met an odd one
+                # twice the size, or one pixel less if the size was odd before the Downsample
                 x = layer.conv(F.interpolate(x, size=size, mode="nearest"))
             else:
                 x = layer(x)
@@ -38,27 +41,27 @@ class SDUNet(nn.Module):
         dim_mults: one factor per level; each level after the first halves the latents.
         attn_levels: levels with a SpatialTransformer (0 is the finest). The middle always has one.
         num_res_blocks: per level of the encoder; the decoder has one more.
-        num_heads, num_groups: of every attention and of every GroupNorm.
+        num_heads: of every attention.
 
     forward(x, t, context): latents B x 4 x H x W of any size, timesteps B from 0 to 999, text B x M x context_dim
     -> the noise in x, B x 4 x H x W.
     """
 
-    def __init__(self, dim=320, context_dim=768, channels=4, dim_mults=(1, 2, 4, 4), attn_levels=(0, 1, 2),
-                 num_res_blocks=2, num_heads=8, num_groups=32):
+    def __init__(self, dim=320, context_dim=768, dim_mults=(1, 2, 4, 4), attn_levels=(0, 1, 2), num_res_blocks=2,
+                 num_heads=8):
         super().__init__()
         time_dim = 4 * dim
         self.time_pe = SinusoidalPE(dim)
         self.time_embed = nn.Sequential(nn.Linear(dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
 
         def res_block(c_in, c_out):
-            return ResBlock(c_in, c_out, time_dim, num_groups)
+            return ResBlock(c_in, c_out, time_dim, GROUPS)
 
         def transformer(c):
-            return SpatialTransformer(c, context_dim, num_heads, num_groups, ff_mult=4)
+            return SpatialTransformer(c, context_dim, num_heads, GROUPS, ff_mult=4)
 
         c, last, skips = dim, len(dim_mults) - 1, [dim]
-        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(channels, dim, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(LATENT_CHANNELS, dim, 3, padding=1))])
         for level, mult in enumerate(dim_mults):
             for _ in range(num_res_blocks):
                 layers = [res_block(c, dim * mult)]
@@ -84,7 +87,7 @@ class SDUNet(nn.Module):
                     layers.append(Upsample(c))
                 self.output_blocks.append(Block(*layers))
 
-        self.out = nn.Sequential(nn.GroupNorm(num_groups, c), nn.SiLU(), nn.Conv2d(c, channels, 3, padding=1))
+        self.out = nn.Sequential(nn.GroupNorm(GROUPS, c), nn.SiLU(), nn.Conv2d(c, LATENT_CHANNELS, 3, padding=1))
 
     def forward(self, x, t, context):
         t_emb = self.time_embed(self.time_pe(t).to(x.dtype))
