@@ -20,6 +20,7 @@ from libs.data.images import to_uint8
 from libs.stable_diffusion import load_checkpoint, seeded
 from libs.stable_diffusion.checkpoint import build_parts, weight_bytes
 from libs.stable_diffusion.config import load_config
+from libs.stable_diffusion.files import check_exists
 from libs.stable_diffusion.model import DTYPES, SAMPLERS, check_settings, drawing_bytes, load_taesd
 from libs.training.device import peak_memory, pick_device
 
@@ -105,6 +106,7 @@ def main(argv=None):
     # 1. settings, checked before the work starts
     args = parse_args(argv)
     config = read_config(args)
+    check_exists(args.ckpt)
     sampling = config["sample_cfg"]
     height, width, scale = sampling["height"], sampling["width"], sampling["guidance_scale"]
     steps = sampling["steps"] = check_settings(sampling["sampler"], sampling["steps"], height, width)

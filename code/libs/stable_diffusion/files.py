@@ -22,16 +22,21 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "BOOL": torch.bool}
 
 
-def read_tensors(path):
-    """{name: tensor} of a .safetensors or .ckpt file; the first bytes tell which it is.
-
-    Raises UsageError when the file is missing, incomplete, damaged, something else, or holds code.
-    """
+def check_exists(path):
+    """Raise UsageError unless `path` is a file."""
     if os.path.isdir(path):
         raise UsageError(f"checkpoint: {path} is a folder (diffusers' layout is not supported); it must be one file, "
                          ".safetensors or .ckpt, such as v1-5-pruned-emaonly.safetensors")
     if not os.path.isfile(path):
         raise UsageError(f"checkpoint: no file {path}")
+
+
+def read_tensors(path):
+    """{name: tensor} of a .safetensors or .ckpt file; the first bytes tell which it is.
+
+    Raises UsageError when the file is missing, incomplete, damaged, something else, or holds code.
+    """
+    check_exists(path)
     with open(path, "rb") as f:
         start = f.read(9)
     if start[8:] == b"{":  # a length of eight bytes, then JSON

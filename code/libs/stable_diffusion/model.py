@@ -35,13 +35,13 @@ def check_settings(sampler, steps, height, width):
     steps = SAMPLERS[sampler] if steps is None else steps
     if steps < 1:
         raise UsageError(f"steps: {steps} is too few; 1 is the least")
-    if sampler == "ddim" and not 800 <= ddim_timesteps(steps)[0] < TIMESTEPS:
-        raise UsageError(f"steps: {steps} would start ddim at timestep {ddim_timesteps(steps)[0]}, but pure noise is "
+    if sampler == "ddim" and not 800 <= leading_timesteps(steps)[0] < TIMESTEPS:
+        raise UsageError(f"steps: {steps} would start ddim at timestep {leading_timesteps(steps)[0]}, but pure noise is "
                          "at 800 to 999; right are 5 to 250, 268 to 333, 401 to 500 and 800 to 999 steps")
     return steps
 
 
-def ddim_timesteps(steps):
+def leading_timesteps(steps):
     """1 + k * (1000 // steps), the noisiest first: diffusers' spacing "leading" with offset 1."""
     return [1 + k * (TIMESTEPS // steps) for k in reversed(range(steps))]
 
@@ -108,7 +108,7 @@ class StableDiffusion(DDPM):
     def ddim(self, x, label, steps, guidance_scale, callback=None):
         """DDIM (Song et al. 2020, eq. 12 without noise) from x_T = x down to timestep 0 instead of the image."""
         a, s = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
-        timesteps = ddim_timesteps(steps)
+        timesteps = leading_timesteps(steps)
         for k, (i, i_next) in enumerate(zip(timesteps, timesteps[1:] + [0])):
             t = torch.full((len(x),), i, device=x.device)
             eps = self.guided(x, label, t, guidance_scale)

@@ -8,7 +8,6 @@ import importlib.util
 import os
 import re
 import unicodedata
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -80,9 +79,8 @@ class Tokenizer:
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self.ids = {name: i for i, name in enumerate(names)}
         self.start, self.end = len(names), len(names) + 1
-        self.word = lru_cache(100_000)(self._word)
 
-    def _word(self, word):
+    def encode_word(self, word):
         """Token numbers of one word: starting from its bytes, the most frequent pair is merged again and again."""
         parts = [self.bytes[b] for b in word.encode("utf-8", "replace")]
         parts[-1] += "</w>"
@@ -105,7 +103,7 @@ class Tokenizer:
             if SPECIAL.fullmatch(part):
                 ids.append(self.start if "start" in part else self.end)
             else:
-                ids += [i for word in split_words(part) for i in self.word(word)]
+                ids += [i for word in split_words(part) for i in self.encode_word(word)]
         return ids
 
     def __call__(self, prompts):
