@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from libs.blocks import (Attention, CrossAttention, ResBlock, SinusoidalPE, SpatialTransformer, TransformerBlock,
-                         Upsample)
+from libs.blocks import (Attention, CrossAttention, Downsample, LabelEmbedding, ResBlock, SinusoidalPE,
+                         SpatialTransformer, TransformerBlock, Upsample)
 
-
-# ---- blocks against their formulas
 
 def written_out_attention(module, x, context):
     """softmax(Q K^T / sqrt(d)) V, head by head."""
@@ -25,7 +24,7 @@ def written_out_attention(module, x, context):
     return torch.cat(heads, -1) @ module.to_out[0].weight.T + module.to_out[0].bias
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("heads", [1, 4])
 def test_self_attention(heads):
     module = Attention(16, heads)
     x = 3 * torch.randn(2, 10, 16)
@@ -37,16 +36,6 @@ def test_cross_attention(tokens):
     module = CrossAttention(16, 12, 4)
     x, context = 3 * torch.randn(2, 10, 16), 3 * torch.randn(2, tokens, 12)
     assert torch.allclose(module(x, context), written_out_attention(module, x, context), atol=1e-5)
-
-
-def test_attention_sees_all_pixels_alike():
-    # without a position embedding, shuffled pixels give shuffled outputs
-    module = SpatialTransformer(16, 12)
-    x, context = torch.randn(1, 16, 4, 4), torch.randn(1, 1, 12)
-    order = torch.randperm(16)
-    shuffled = x.flatten(2)[..., order].unflatten(2, (4, 4))
-    expected = module(x, context).flatten(2)[..., order].unflatten(2, (4, 4))
-    assert torch.allclose(module(shuffled, context), expected, atol=1e-5)
 
 
 def test_sinusoidal_embedding():
@@ -62,11 +51,6 @@ def test_sinusoidal_embedding_keeps_its_precision_in_half():
     # rounded to half, a frequency near 0.5 would be off by 0.1 radians at time 999
     time = torch.tensor([999])
     assert torch.allclose(SinusoidalPE(32).half()(time).float(), SinusoidalPE(32)(time), atol=2e-3)
-
-
-def test_sinusoidal_embedding_refuses_odd():
-    with pytest.raises(ValueError, match="even"):
-        SinusoidalPE(7)
 
 
 def test_res_block_formula():
@@ -110,8 +94,23 @@ def test_transformer_block_formula(tokens):
     assert torch.allclose(block(x, context), expected, atol=1e-5)
 
 
-def test_upsample_repeats_pixels():
-    module = Upsample(2)
-    x = torch.randn(1, 2, 3, 4)
+def test_upsample_and_downsample():
+    up, down, x = Upsample(2), Downsample(2), torch.randn(1, 2, 4, 6)
     doubled = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    assert torch.allclose(module(x), module.conv(doubled), atol=1e-6)
+    assert torch.allclose(up(x), up.conv(doubled), atol=1e-6)
+    # every second pixel of the convolution at full size
+    full = F.conv2d(x, down.op.weight, down.op.bias, padding=1)
+    assert torch.allclose(down(x), full[..., ::2, ::2], atol=1e-6)
+
+
+def test_spatial_transformer_is_a_residual_over_pixels():
+    module, x, context = SpatialTransformer(16, 12), torch.randn(2, 16, 3, 5), torch.randn(2, 4, 12)
+    h = module.proj_in(module.norm(x)).permute(0, 2, 3, 1).reshape(2, 15, 16)
+    h = module.transformer_blocks[0](h, context).reshape(2, 3, 5, 16).permute(0, 3, 1, 2)
+    assert torch.allclose(module(x, context), x + module.proj_out(h), atol=1e-5)
+
+
+def test_label_embedding():
+    module = LabelEmbedding(10, 12, null_label=True)
+    assert torch.equal(module(torch.tensor([0, 10])), module.embd.weight[[0, 10]][:, None])
+    assert LabelEmbedding(10, 12).embd.num_embeddings == 10

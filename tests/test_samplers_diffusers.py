@@ -1,4 +1,4 @@
-"""The solvers step by step against diffusers' schedulers, on random networks. DDIM and DDPM are in their own files."""
+"""The solvers step by step against diffusers' schedulers, on random networks. DDPM's and DDIM's own files test theirs."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def ddpm(prediction):
 
 
 def scheduler_of(kind, prediction, **options):
-    """One of diffusers', with DDPM's linear schedule; its own fp32 products lose four digits of 1 - abar."""
+    """One of diffusers', with DDPM's linear schedule in float64: fp32 products lose four digits of 1 - abar."""
     scheduler = kind(1000, 1e-4, 0.02, "linear", prediction_type=prediction, timestep_spacing="linspace", **options)
     scheduler.alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
     return scheduler
@@ -42,11 +42,10 @@ def assert_agree(ours, theirs):
         assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max()), k
 
 
-# ---- Karras et al.'s noise levels between DDPM's first and last, rho 7, then 0: what `sample` takes
+# ---- at the noise levels of Diffusion.sample: Karras et al.'s between DDPM's first and last, rho 7, then 0
 
 @PREDICTIONS
-@pytest.mark.parametrize("steps", [4, 7, 18])
-def test_euler_of_a_ddpm(diffusers, prediction, theirs, steps):
+def test_euler_of_a_ddpm(diffusers, prediction, theirs, steps=7):
     model, noise, ours = ddpm(prediction), torch.randn(2, 1, 8, 8), []
     scheduler = scheduler_of(diffusers.EulerDiscreteScheduler, theirs, use_karras_sigmas=True)
     scheduler.set_timesteps(steps)
@@ -56,14 +55,13 @@ def test_euler_of_a_ddpm(diffusers, prediction, theirs, steps):
 
 
 @PREDICTIONS
-@pytest.mark.parametrize("steps", [4, 7, 18])
-def test_heun_of_a_ddpm(diffusers, prediction, theirs, steps):
-    # fp32 rounds too coarsely for four steps down from sigma = 157
+def test_heun_of_a_ddpm(diffusers, prediction, theirs, steps=7):
+    # fp32 rounds too coarsely for large steps down from sigma = 157
     model, noise, ours = ddpm(prediction).double(), torch.randn(2, 1, 8, 8).double(), []
     scheduler = scheduler_of(diffusers.HeunDiscreteScheduler, theirs, use_karras_sigmas=True)
     scheduler.set_timesteps(steps)
     expected = their_states(scheduler, model.model, noise * (1 + scheduler.sigmas[0].item() ** 2) ** 0.5)
-    assert len(expected) == 2 * steps - 1 == model.network_calls("heun", steps)
+    assert len(expected) == 2 * steps - 1
     model.sample(LABELS, "heun", steps, noise=noise, callback=lambda k, n, x: ours.append(x))
     # theirs goes to the next level and back; every second state is the end of a step, as is the very last
     assert_agree(ours, [x / (1 + sigma ** 2) ** 0.5 for x, sigma in expected[1::2] + expected[-1:]])
@@ -73,7 +71,7 @@ def test_heun_of_a_ddpm(diffusers, prediction, theirs, steps):
 
 @PREDICTIONS
 @pytest.mark.parametrize("kind, eta", [("dpmsolver++", 0.0), ("sde-dpmsolver++", 1.0)])
-@pytest.mark.parametrize("steps", [1, 2, 10, 27])
+@pytest.mark.parametrize("steps", [1, 10])
 def test_dpmpp_2m_of_a_ddpm(diffusers, prediction, theirs, kind, eta, steps):
     # midpoint, second order, the last step to sigma 0 of first order ("zero"); its state is scaled as DDPM's
     model, noise, ours = ddpm(prediction), torch.randn(2, 1, 8, 8), []
@@ -91,11 +89,10 @@ def test_dpmpp_2m_of_a_ddpm(diffusers, prediction, theirs, kind, eta, steps):
 
 
 @PREDICTIONS
-@pytest.mark.parametrize("steps", [4, 10, 28])
-def test_euler_ancestral_of_a_ddpm(diffusers, prediction, theirs, steps):
+def test_euler_ancestral_of_a_ddpm(diffusers, prediction, theirs, steps=10):
     model, noise, ours = ddpm(prediction), torch.randn(2, 1, 8, 8), []
     scheduler = scheduler_of(diffusers.EulerAncestralDiscreteScheduler, theirs)
-    scheduler.set_timesteps(steps)  # steps - 1 divides 999, so that each is a timestep
+    scheduler.set_timesteps(steps)  # steps - 1 divides 999: each is a timestep
     levels = scheduler.sigmas.tolist()
     x = noise * (1 + levels[0] ** 2) ** 0.5
     expected = their_states(scheduler, model.model, x, generator=torch.Generator().manual_seed(3))
@@ -110,7 +107,7 @@ def test_euler_ancestral_of_a_ddpm(diffusers, prediction, theirs, steps):
 
 @pytest.mark.parametrize("sampler, kind", [("euler", "EDMEulerScheduler"),
                                            ("dpmpp_2m", "EDMDPMSolverMultistepScheduler")])
-@pytest.mark.parametrize("steps", [1, 3, 7, 20])
+@pytest.mark.parametrize("steps", [1, 7])
 def test_solvers_of_edm(diffusers, sampler, kind, steps):
     model = EDM(**SMALL, sigma_data=0.4, sigma_min=0.01, sigma_max=50.0, rho=5.0).eval()
     noise, ours = torch.randn(2, 1, 8, 8), []
