@@ -15,8 +15,9 @@ import torch
 from tqdm import tqdm
 
 from libs.common.checkpoint import load_checkpoint, model_file
-from libs.common.cli import Parser, add_sampler_flags, check_output, positive, run, sampler_flags
+from libs.common.cli import Parser, check_output, positive, run
 from libs.common.errors import UsageError, display_path
+from libs.config import add_sampler_flags, sampler_flags
 from libs.common.pictures import folder_names, grid, sheet, write_folder, write_gif, write_png
 from libs.common.seeds import image_noise
 from libs.data.images import to_uint8, write_npz

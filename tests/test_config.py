@@ -8,8 +8,7 @@ import pytest
 
 from helpers import one_line
 from libs import UsageError, build_model, load_config
-from libs.common.cli import SAMPLER_FLAGS
-from libs.config import CODE, MODEL_SETTINGS, RULES, SETTINGS, check_value, complete_config, portable
+from libs.config import CODE, MODEL_SETTINGS, RULES, SAMPLER_FLAGS, SETTINGS, check_value, complete_config, portable
 from libs.datasets import KNOWN
 from libs.ddpm import PREDICTIONS, SCHEDULES
 from libs.evaluation import EXTRACTORS

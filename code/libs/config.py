@@ -1,14 +1,14 @@
 """Configuration: SETTINGS below, a YAML file with only its differences on top, then `--set key.sub=value`."""
 
+import argparse
 import copy
-import difflib
 import os
-import re
 
 import yaml
 
+from .common.cli import interval, positive
 from .common.errors import UsageError
-from .datasets import KNOWN
+from .common.rules import boolean, check, device, integer, list_of, nearest_word, number, one_of, optional, text
 
 # relative paths in a config are taken from this folder, code/, wherever a command is started
 CODE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -16,73 +16,15 @@ CODE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CACHE = os.path.normpath(os.path.join(CODE, "..", "data", ".cache"))
 
 
-# ---- rules: (what a value must be, in words; function value -> value that raises ValueError)
-
-def integer(low, high=None):
-    def check(v):
-        if isinstance(v, bool) or not isinstance(v, int) or v < low or (high is not None and v > high):
-            raise ValueError
-        return v
-    return f"an integer of {low} or more" if high is None else f"an integer from {low} to {high}", check
-
-
-def number(low=None, high=None, above=None):
-    def check(v):
-        if isinstance(v, bool) or not isinstance(v, (int, float, str)):
-            raise ValueError
-        v = float(v)  # YAML reads 2e-4 as text
-        if v != v or abs(v) == float("inf") or (low is not None and v < low) or (
-                high is not None and v > high) or (above is not None and v <= above):
-            raise ValueError
-        return v
-    bounds = [f"{word} {bound}" for word, bound in (("above", above), ("from", low), ("to", high))
-              if bound is not None]
-    return " ".join(["a number"] + bounds), check
-
-
-def one_of(*choices):
-    def check(v):
-        if isinstance(v, bool) or v not in choices:
-            raise ValueError
-        return v
-    return "one of " + ", ".join(choices), check
-
-
-def boolean():
-    def check(v):
-        if not isinstance(v, bool):
-            raise ValueError
-        return v
-    return "true or false", check
-
-
-def text():
-    def check(v):
-        if not isinstance(v, str) or not v:
-            raise ValueError
-        return v
-    return "a piece of text", check
-
-
-def device():
-    def check(v):
-        if not isinstance(v, str) or not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", v):
-            raise ValueError
-        return v
-    return "cuda:0, cuda:1, ..., cpu or mps", check
-
-
-def list_of(rule, length=None, empty=False):
-    def check(v):
-        if not isinstance(v, (list, tuple)) or (length and len(v) != length) or not (v or empty):
-            raise ValueError
-        return [rule[1](x) for x in v]
-    return f"a list of {f'{length} times ' if length else ''}{rule[0]}", check
-
-
-def optional(rule):
-    return f"null or {rule[0]}", lambda v: None if v is None else rule[1](v)
-
+# data set -> (image shape, number of classes, None: known once the folder is read)
+KNOWN = {
+    "MNIST": ((1, 28, 28), 10),
+    "FashionMNIST": ((1, 28, 28), 10),
+    "CIFAR10": ((3, 32, 32), 10),
+    "AFHQ": ((3, 128, 128), 3),
+    "MiniImageNet": ((3, 128, 128), None),
+    "ImageFolder": ((3, 128, 128), None),
+}
 
 # ---- every setting: key -> (default, rule)
 
@@ -276,12 +218,6 @@ def set_values(given, overrides):
     return given
 
 
-def nearest_word(word, words):
-    """The one of `words` that `word` was probably meant to be, or None."""
-    lower = {str(w).lower(): str(w) for w in words}
-    return next((lower[w] for w in difflib.get_close_matches(str(word).lower(), lower, 1)), None)
-
-
 def merge(config, given, rules=RULES, prefix=""):
     """Put the values of `given` into `config`, both dicts of sections. Raises UsageError for what does not belong."""
     for key, value in given.items():
@@ -291,7 +227,7 @@ def merge(config, given, rules=RULES, prefix=""):
         if key not in config:
             raise UsageError(f"config: unknown key {full}{_hint(key, full, config, prefix, rules)}")
         if not isinstance(config[key], dict):
-            config[key] = check_value(full, value, rules)
+            config[key] = check(full, value, rules)
         elif isinstance(value, dict):
             merge(config[key], value, rules, f"{full}.")
         else:
@@ -310,16 +246,9 @@ def _hint(key, full, config, prefix, rules):
     return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; there are {', '.join(map(str, config))}"
 
 
-def check_value(key, value, rules=RULES):
-    """The value as it is used. Raises UsageError with the key, the value, and what would be right."""
-    wanted, check = rules[key]
-    try:
-        return check(value)
-    except (ValueError, TypeError, OverflowError):
-        _, choice, words = wanted.partition("one of ")
-        near = nearest_word(value, words.split(", ")) if choice else None
-        raise UsageError(f"config: {key} is {value!r}; it must be {wanted}"
-                         + (f" (did you mean {near}?)" if near else "")) from None
+def check_value(key, value):
+    """The value of a setting as it is used. Raises UsageError with the key, the value, and what would be right."""
+    return check(key, value, RULES)
 
 
 def _paths(config):
@@ -369,3 +298,33 @@ def _check_combinations(config):
     if config["model_name"] == "EDM" and model["sigma_min"] >= model["sigma_max"]:
         raise UsageError(f"config: model.sigma_min is {model['sigma_min']}; it must be below model.sigma_max, "
                          f"{model['sigma_max']}")
+
+
+# ---- sample_cfg on the command line
+
+# the settings of sample_cfg that have a flag, with their help
+SAMPLER_FLAGS = {
+    "sampler": RULES["sample_cfg.sampler"][0].removeprefix("null or ") + "; ddpm and ddim draw from a DDPM only",
+    "steps": "number of steps (default: ddim and euler 50, heun 18, dpmpp_2m 20; ddpm takes every timestep)",
+    "guidance_scale": "classifier-free guidance, 1 is none; needs a model trained with model.label_dropout",
+    "guidance_interval": "guide only at noise levels LO < sigma <= HI",
+    "clip": "keep predicted pixels in [-1, 1]",
+    "eta": "fresh noise in each step, 0 to 1: ddim, euler_ancestral, dpmpp_2m",
+    "spacing": "ddim's timesteps, uniform or quadratic",
+    "S_churn": "fresh noise on the whole way: heun",
+}
+
+
+def add_sampler_flags(parser):
+    """The flags that say how images are drawn; `sampler_flags` reads them, models.sampling_settings checks them."""
+    group = parser.add_argument_group("sampling; what is not given is the config's, see sample_cfg in libs/config.py")
+    types = {"steps": {"type": positive}, "guidance_interval": {"type": interval, "metavar": "LO,HI"},
+             "clip": {"action": argparse.BooleanOptionalAction}, "sampler": {"metavar": "NAME"}}
+    types |= {key: {"type": float, "metavar": "X"} for key in ("guidance_scale", "eta", "S_churn")}
+    for key, text in SAMPLER_FLAGS.items():
+        group.add_argument("--" + key.replace("_", "-"), default=None, help=text, **types.get(key, {}))
+
+
+def sampler_flags(args):
+    """The settings of sample_cfg on the command line, None for those not given."""
+    return {key: getattr(args, key) for key in SAMPLER_FLAGS}

@@ -7,18 +7,10 @@ from torchvision import datasets as tv
 
 from .common.errors import RunError, UsageError, first_line
 from .common.seeds import seeded_generator
+from .config import KNOWN
 from .data.folders import read_files, scan_folder
 from .data.mnist import fetch_mnist
 
-# name -> (image shape, number of classes, None: known once the folder is read)
-KNOWN = {
-    "MNIST": ((1, 28, 28), 10),
-    "FashionMNIST": ((1, 28, 28), 10),
-    "CIFAR10": ((3, 32, 32), 10),
-    "AFHQ": ((3, 128, 128), 3),
-    "MiniImageNet": ((3, 128, 128), None),
-    "ImageFolder": ((3, 128, 128), None),
-}
 # numbers of training and of test images
 SIZES = {"MNIST": (60000, 10000), "FashionMNIST": (60000, 10000), "CIFAR10": (50000, 10000)}
 FOLDERS = ("AFHQ", "MiniImageNet", "ImageFolder")

@@ -8,7 +8,7 @@ import torch
 from .common.checkpoint import load_checkpoint
 from .common.errors import UsageError, display_path
 from .common.pictures import image_grid
-from .config import check_value, complete_config, nearest_word
+from .config import check_value, complete_config
 from .ddim import DDIM, ddim_timesteps
 from .ddpm import DDPM
 from .edm import EDM

@@ -9,7 +9,6 @@ import time
 import torch
 from tqdm import tqdm
 
-from ..config import RULES
 from .errors import RunError, UsageError, first_line
 
 
@@ -29,34 +28,6 @@ def positive(text):
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is too few; 1 is the least")
     return value
-
-
-# the settings of sample_cfg that have a flag, with their help
-SAMPLER_FLAGS = {
-    "sampler": RULES["sample_cfg.sampler"][0].removeprefix("null or ") + "; ddpm and ddim draw from a DDPM only",
-    "steps": "number of steps (default: ddim and euler 50, heun 18, dpmpp_2m 20; ddpm takes every timestep)",
-    "guidance_scale": "classifier-free guidance, 1 is none; needs a model trained with model.label_dropout",
-    "guidance_interval": "guide only at noise levels LO < sigma <= HI",
-    "clip": "keep predicted pixels in [-1, 1]",
-    "eta": "fresh noise in each step, 0 to 1: ddim, euler_ancestral, dpmpp_2m",
-    "spacing": "ddim's timesteps, uniform or quadratic",
-    "S_churn": "fresh noise on the whole way: heun",
-}
-
-
-def add_sampler_flags(parser):
-    """The flags that say how images are drawn; `sampler_flags` reads them, models.sampling_settings checks them."""
-    group = parser.add_argument_group("sampling; what is not given is the config's, see sample_cfg in libs/config.py")
-    types = {"steps": {"type": positive}, "guidance_interval": {"type": interval, "metavar": "LO,HI"},
-             "clip": {"action": argparse.BooleanOptionalAction}, "sampler": {"metavar": "NAME"}}
-    types |= {key: {"type": float, "metavar": "X"} for key in ("guidance_scale", "eta", "S_churn")}
-    for key, text in SAMPLER_FLAGS.items():
-        group.add_argument("--" + key.replace("_", "-"), default=None, help=text, **types.get(key, {}))
-
-
-def sampler_flags(args):
-    """The settings of sample_cfg on the command line, None for those not given."""
-    return {key: getattr(args, key) for key in SAMPLER_FLAGS}
 
 
 def add_training_flags(parser):

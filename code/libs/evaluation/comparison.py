@@ -8,9 +8,10 @@ import time
 import torch
 import yaml
 
-from ..common.cli import SAMPLER_FLAGS, check_output
+from ..common.cli import check_output
 from ..common.errors import UsageError
 from ..common.files import atomic_file
+from ..config import SAMPLER_FLAGS
 from ..data.images import ImageSet, to_uint8
 from ..models import draw_images
 
