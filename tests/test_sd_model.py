@@ -127,6 +127,17 @@ def test_pictures_agree_with_diffusers(sd, theirs, sampler, steps):
     assert 255 * ours.std() > 20  # a picture, not flat grey
 
 
+def test_timesteps_of_ddim(sd):
+    """Down to timestep 0; a network that predicts no noise only rescales the image."""
+    called, states, noise = [], [], torch.randn(1, 4, 8, 8)
+    sd.unet.forward = lambda x, t, context: called.append(int(t[0])) or torch.zeros_like(x)
+    sd.sample("a cat", sampler="ddim", steps=7, guidance_scale=1, noise=noise,
+              callback=lambda step, steps, x: states.append(x), **SIZE)
+    assert called == list(range(853, 0, -142))
+    a = sd.sqrt_alphas_cumprod
+    assert torch.allclose(states[-1], noise * a[0] / a[853], rtol=1e-5)
+
+
 def test_both_branches_go_in_one_call(sd):
     calls = record(sd)
     sd.sample(["a cat", "a dog"], "blurry", steps=3, **SIZE)

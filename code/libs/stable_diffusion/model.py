@@ -35,9 +35,10 @@ def check_settings(sampler, steps, height, width):
     steps = SAMPLERS[sampler] if steps is None else steps
     if steps < 1:
         raise UsageError(f"steps: {steps} is too few; 1 is the least")
-    if sampler == "ddim" and not 800 <= leading_timesteps(steps)[0] < TIMESTEPS:
-        raise UsageError(f"steps: {steps} would start ddim at timestep {leading_timesteps(steps)[0]}, but pure noise is "
-                         "at 800 to 999; right are 5 to 250, 268 to 333, 401 to 500 and 800 to 999 steps")
+    first = 1 + (steps - 1) * (TIMESTEPS // steps)  # of leading_timesteps
+    if sampler == "ddim" and not 800 <= first < TIMESTEPS:
+        raise UsageError(f"steps: {steps} would start ddim at timestep {first}, but pure noise is at 800 to 999; right "
+                         "are 5 to 250, 268 to 333, 401 to 500 and 800 to 999 steps")
     return steps
 
 
