@@ -18,7 +18,7 @@ def mnist(real_data, tmp_path_factory):
     root = tmp_path_factory.mktemp("mnist")
     (root / "MNIST" / "raw").mkdir(parents=True)
     source = os.path.join(real_data, "mnist", "MNIST", "raw")
-    for name in os.listdir(source):
+    for name in (name for name in os.listdir(source) if name.endswith(".gz")):
         with gzip.open(os.path.join(source, name)) as f:
             (root / "MNIST" / "raw" / name.removesuffix(".gz")).write_bytes(f.read())
     return str(root)

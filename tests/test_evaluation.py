@@ -67,15 +67,15 @@ def test_the_test_images_as_samples_are_the_floor():
 
 def test_worse_images_lie_between_floor_and_ceiling():
     """All pixels 20 brighter: the covariances are one, so the closed form is the squared distance of the means."""
-    def bright(seed, shift, n=800):
+    def bright(seed, shift, n=400):
         return ImageSet(images(n, seed, 0, 200).images + shift, torch.zeros(n).long(), ["dark", "light"])
 
     real, drawn = real_images(bright(1, 0), bright(2, 0)), bright(3, 20)
     report = evaluate(drawn, real, memorization=False)
     for split, key in (("train", "fd_train"), ("test", "fd_test")):
         apart = (Corners()(drawn.images).mean(0) - real.features[split].mean(0)).square().sum()
-        assert report["generated"][key] == pytest.approx(float(apart), abs=40) and apart > 1000
-    assert report["floor"]["fd_train"] < 150 < report["generated"]["fd_train"] < report["ceiling"]["fd_train"]
+        assert report["generated"][key] == pytest.approx(float(apart), abs=80) and apart > 1000
+    assert report["floor"]["fd_train"] < 300 < report["generated"]["fd_train"] < report["ceiling"]["fd_train"]
 
 
 def test_all_sets_have_the_same_n():

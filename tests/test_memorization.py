@@ -28,11 +28,11 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def draw(n, seed, spread=1.0, latents=None):
+def draw(n, seed, latents=None):
     """n fresh images 1 x 16 x 16 from one distribution of 12 dimensions."""
     basis = F.interpolate(torch.randn(12, 1, 6, 6, generator=seeded(0)), size=16, mode="bicubic").flatten(1)
     z = torch.randn(n, 12, generator=seeded(seed)) if latents is None else latents
-    return ((spread * z @ basis).mul(0.4).tanh().add(1) * 127.5).round().byte().view(-1, 1, 16, 16)
+    return ((z @ basis).mul(0.4).tanh().add(1) * 127.5).round().byte().view(-1, 1, 16, 16)
 
 
 def points(images):
@@ -209,12 +209,6 @@ def test_synthetic_fresh_images_are_not_accused(synthetic, seed):
     assert found == json.loads(json.dumps(report(synthetic[1], draw(500, seed)), allow_nan=False))
 
 
-def test_typical_images_are_nearer_but_no_copies(synthetic):
-    found = report(synthetic[1], draw(500, 5, spread=0.5))
-    check_clean(found["copies"])
-    assert found["pixels"]["ratio"] < 0.93 and found["pixels"]["C_T"] < -4  # these two are not for accusing
-
-
 def test_features_alone_can_tell(synthetic):
     # other pictures, but the features of training images
     codes = torch.randn(2600, 16)
@@ -304,16 +298,9 @@ def test_fresh_digits_are_not_accused(digits):
         assert abs(found[space]["ratio"] - 1) < 0.08 and abs(found[space]["C_T"]) < 2.5
 
 
-@pytest.mark.parametrize("kind", ["blurred", "few components"])
-def test_typical_digits_are_not_accused(digits, kind):
-    train, rest, test = digits
-    fresh, x = rest[1000:1400].float(), train.flatten(1).float()
-    if kind == "blurred":
-        typical = F.avg_pool2d(fresh, 3, 1, 1)
-    else:
-        basis = torch.linalg.eigh(x.T.cov()).eigenvectors[:, -50:]
-        typical = ((fresh.flatten(1) - x.mean(0)) @ basis @ basis.T + x.mean(0)).view_as(fresh)
-    typical = typical.round().clamp(0, 255).byte()
+def test_typical_digits_are_not_accused(digits):
+    _, rest, test = digits
+    typical = F.avg_pool2d(rest[1000:1400].float(), 3, 1, 1).round().byte()
     found = test.report(typical, features_of(typical))
     assert found["pixels"]["ratio"] < 0.93 and found["pixels"]["C_T"] < -2  # these two are not for accusing
     check_clean(found["copies"])

@@ -174,9 +174,6 @@ def distances_to_all(generated, real):
     return numbers
 
 
-against = distances_to_all
-
-
 @torch.no_grad()
 def denoising_error(model, x_start, labels, sigmas, seed=0, batch_size=100):
     """Mean squared error of the denoised image at each noise level, E |D(x + sigma n; sigma, label) - x|^2 / values.
