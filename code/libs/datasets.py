@@ -148,7 +148,7 @@ def build_dataset(name, split, data_folder, img_size=None, value_range=None, lim
     """Load a data set by name.
 
     Args:
-        name: a key of `KNOWN`. "ImageFolder" is any tree of one folder per class.
+        name: a key of `config.KNOWN`. "ImageFolder" is any tree of one folder per class.
         split: "train" (random crop and flip for photographs) or "test" (centre crop); "val" means "test".
         data_folder: where it is, or where MNIST, FashionMNIST and CIFAR10 are downloaded to. Photographs are in one
             folder per class, below train/ and test/ (or val/), or directly, which serves for any split.
