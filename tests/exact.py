@@ -1,4 +1,4 @@
-"""Data for which everything about the diffusion is known: mixtures of Gaussians in one dimension, in float64."""
+"""Mixtures of Gaussians in one dimension, in float64: their denoiser and their exact flow are known."""
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ class Mixture:
         return (self.weights * ndtr((x[..., None] - self.means) / (self.stds ** 2 + sigma ** 2).sqrt())).sum(-1)
 
     def quantile(self, u, sigma=0.0):
-        """By bisection, to the last digit. The probability flow takes each quantile to that of another sigma."""
+        """By bisection, to the last digit. The probability flow takes each quantile to the same one at another sigma."""
         bound = 10 * (1 + sigma) + self.means.abs().max()
         lo, hi = -bound * torch.ones_like(u), bound * torch.ones_like(u)
         for _ in range(80):
@@ -41,7 +41,7 @@ TWO = Mixture([0.35, 0.65], [-0.6, 0.5], [0.2, 0.3])
 
 
 class ExactNetwork(nn.Module):
-    """What a DDPM's network should say of such pixels; between timesteps, too: log sigma is linear there."""
+    """The exact network of a DDPM for such pixels; also between timesteps, where log sigma is linear."""
 
     def __init__(self, data, sigmas, prediction="eps"):
         super().__init__()

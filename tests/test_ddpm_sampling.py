@@ -1,7 +1,5 @@
 """DDPM's reverse process: guidance, diffusers' steps, and the closed form for Gaussian data."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -55,22 +53,6 @@ def test_p_sample_agrees_with_diffusers(diffusers, prediction, theirs, clip):
     assert clipped > 50
 
 
-@pytest.mark.parametrize("t_index", [1, 49])
-def test_p_sample_mean_and_variance(t_index):
-    model = small()
-    beta = np.linspace(1e-4, 0.02, 50)
-    abar = np.cumprod(1 - beta)
-    x, eps, n = 0.6, -1.1, 64 * 64 * 16
-    model.model = Recorder(eps)
-    out = model.p_sample(torch.full((16, 1, 64, 64), x), torch.zeros(16, dtype=torch.long),
-                         torch.full((16,), t_index), t_index).double()
-    b = beta[t_index]
-    mean = (x - b / np.sqrt(1 - abar[t_index]) * eps) / np.sqrt(1 - b)  # eq. 11
-    var = (1 - abar[t_index - 1]) / (1 - abar[t_index]) * b  # eq. 7
-    assert abs(out.mean() - mean) < 4 * math.sqrt(var / n)
-    assert abs(out.var() / var - 1) < 4 * math.sqrt(2 / n)
-
-
 def test_no_noise_in_the_last_step():
     model = small()
     x, label, t = torch.randn(2, 1, 8, 8), torch.tensor([0, 1]), torch.zeros(2, dtype=torch.long)
@@ -94,9 +76,9 @@ MU, S, N, T = (0.5, -0.3), 0.3, 64, 50
 BETA = SCHEDULES["cosine"](T)  # nearly all noise at the end, so that every step matters
 
 
-def draw_gaussian(kind):
+def draw_gaussian():
     """Pixels that Algorithm 2 draws with the exact network for Gaussian data, for two labels: 2 x pixels."""
-    model = kind(img_shape=(1, 32, 32), timesteps=T, dim=8, context_dim=8, num_classes=2, dim_mults=(1,),
+    model = DDPM(img_shape=(1, 32, 32), timesteps=T, dim=8, context_dim=8, num_classes=2, dim_mults=(1,),
                  attn_levels=(), beta_schedule="cosine").eval()
     model.model = GaussianOracle((1 - BETA).cumprod(0), MU, S)
     model.postprocess = lambda x: x
@@ -124,30 +106,11 @@ def standard_errors_from_truth(x):
 
 
 def test_sampling_gaussian_data_in_closed_form():
-    x = draw_gaussian(DDPM)
+    x = draw_gaussian()
     assert (standard_errors_from_truth(x) < 4).all()
     # and the data's own mean and spread come out, nearly: eq. 7's variance is the lower bound
     for values, mu in zip(x, MU):
         assert abs(values.mean() - mu) < 0.02 and 0.8 * S < values.std() < 1.02 * S
-
-
-class OneStepOff(DDPM):
-    """Wrong on purpose: gives the network the time before."""
-
-    def predict(self, x, label, t, *args):
-        return super().predict(x, label, (t - 1).clamp(min=0), *args)
-
-
-class NoiseAtTheEnd(DDPM):
-    """Wrong on purpose: the variance is beta, which leaves noise on the image."""
-
-    def p_sample(self, x, label, t, t_index):
-        return super().p_sample(x, label, t, 0) + self.betas[t_index].sqrt() * torch.randn_like(x)
-
-
-@pytest.mark.parametrize("kind", [OneStepOff, NoiseAtTheEnd])
-def test_the_closed_form_notices_a_wrong_sampler(kind):
-    assert standard_errors_from_truth(draw_gaussian(kind)).max() > 10
 
 
 # ---- images out

@@ -6,7 +6,6 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from helpers import SMALL
 from libs import EDM, UsageError
@@ -36,17 +35,6 @@ def test_preconditioning_is_table_1(sigma_data):
     assert np.allclose(c_noise, np.log(sigma) / 4, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("sigma", LEVELS)
-def test_input_and_target_have_unit_variance(sigma):
-    # App. B.6: what the coefficients were made for, on data that has this standard deviation
-    s, n = 0.7, 200_000
-    c_skip, c_out, c_in, _ = (c.item() for c in small(sigma_data=s).preconditioning(torch.tensor(sigma)))
-    data = torch.randn(n, dtype=torch.float64) * s
-    x = data + torch.randn(n, dtype=torch.float64) * sigma
-    assert abs((c_in * x).var() - 1) < 4 * math.sqrt(2 / n)
-    assert abs(((data - c_skip * x) / c_out).var() - 1) < 4 * math.sqrt(2 / n)
-
-
 def test_denoise_is_eq_7():
     model = small(sigma_data=0.4)
     x, label, sigma = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1]), np.array(LEVELS)
@@ -59,14 +47,6 @@ def test_denoise_is_eq_7():
         assert torch.allclose(model.denoise(x[2:4], 0.7, label[2:4]),
                               model.denoise(x[2:4], torch.tensor([0.7, 0.7]), label[2:4]))
     assert torch.allclose(D, columns[0] * x + columns[1] * F, atol=1e-4)
-
-
-def test_guidance_is_linear_in_the_denoised_image():
-    model = small(label_dropout=0.1)
-    x, label, null = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2]), torch.tensor([4, 4, 4])
-    with torch.no_grad():
-        cond, uncond = model.denoise(x, 0.7, label), model.denoise(x, 0.7, null)
-        assert torch.allclose(model.denoise(x, 0.7, label, 3.0), uncond + 3 * (cond - uncond), atol=1e-5)
 
 
 def test_sigma_data():
@@ -117,35 +97,6 @@ def test_loss_of_a_latent_model():
         model.vae.encoder(images), t % 4, t, noise, encoded=True)
 
 
-class GaussianOracle(nn.Module):
-    """The network whose D is exact for data N(mu[label], s^2): it undoes the preconditioning."""
-
-    def __init__(self, mu, s, sigma_data):
-        super().__init__()
-        self.mu, self.s, self.sigma_data, self.calls = torch.as_tensor(mu, dtype=torch.float64), s, sigma_data, []
-
-    def forward(self, x, label, time):
-        self.calls.append(time[0].item())
-        sigma = (time.double() / 250).exp()[:, None, None, None]
-        mu, var = self.mu[label][:, None, None, None], sigma ** 2 + self.sigma_data ** 2
-        y = x.double() * var.sqrt()
-        D = (self.s ** 2 * y + sigma ** 2 * mu) / (self.s ** 2 + sigma ** 2)
-        return ((D - self.sigma_data ** 2 / var * y) / (sigma * self.sigma_data / var.sqrt())).float()
-
-
-def test_loss_at_the_optimum():
-    # no denoiser does better than E (D - x0)^2 = s^2 sigma^2 / (s^2 + sigma^2)
-    s, sigma_data = 0.3, 0.5
-    model = small(sigma_data=sigma_data, img_shape=(1, 64, 64))
-    model.model = GaussianOracle([0.4], s, sigma_data)
-    t = torch.arange(0, 100, 9)
-    sigma = np.array([level(i) for i in t.tolist()])
-    weight = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
-    expected = weight * s ** 2 * sigma ** 2 / (s ** 2 + sigma ** 2)
-    _, losses = model.compute_loss(0.4 + s * torch.randn(len(t), 1, 64, 64), torch.zeros_like(t), t, return_each=True)
-    assert (abs(losses.numpy() / expected - 1) < 4.5 * math.sqrt(2 / 64 ** 2)).all()
-
-
 # ---- sampling
 
 def test_karras_sigmas():
@@ -156,29 +107,15 @@ def test_karras_sigmas():
     assert karras_sigmas(3, 1.0, 9.0, rho=1).tolist() == pytest.approx([9.0, 5.0, 1.0, 0.0])
 
 
-@pytest.mark.parametrize("steps", [1, 4, 100])
-def test_sampling_gaussian_data(steps):
-    # labels, times, scales and solver together, against Algorithm 1 in float64
-    mu, s, sigma_data = (0.4, -0.2), 0.3, 0.5
-    model = small(sigma_data=sigma_data)
-    model.model = GaussianOracle(mu, s, sigma_data)
+def test_sampling_gaussian_data():
+    # the flow scales about the mean as the standard deviation shrinks
+    model, mu, s = small(), torch.tensor([0.4, -0.2]), 0.3
+    labels, noise = torch.tensor([0, 1, 1, 0]), torch.randn(4, 1, 8, 8)
+    m = mu[labels][:, None, None, None]
+    model.denoise = lambda x, sigma, label, scale: (s ** 2 * x + sigma ** 2 * m) / (s ** 2 + sigma ** 2)
     model.postprocess = lambda x: x
-    noise, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 1, 0])
-    got = model.p_sample_loop(labels, steps=steps, noise=noise)
-    assert len(model.model.calls) == 2 * steps - 1
-
-    sigmas = karras_sigmas(steps).tolist()
-    m = np.array(mu)[labels.numpy()][:, None, None, None]
-    x = noise.double().numpy() * sigmas[0]
-    for now, then in zip(sigmas[:-1], sigmas[1:]):
-        def slope(y, sigma):
-            return (y - (s ** 2 * y + sigma ** 2 * m) / (s ** 2 + sigma ** 2)) / sigma
-        d = slope(x, now)
-        y = x + (then - now) * d
-        x = x + (then - now) * (d + slope(y, then)) / 2 if then else y
-    assert np.allclose(got, x, atol=1e-3)
-    if steps == 100:  # and that is close to the data
-        assert np.allclose(got, m + s * noise.numpy(), atol=0.01)
+    got = model.p_sample_loop(labels, steps=100, noise=noise)
+    assert torch.allclose(got, m + (80 * noise - m) * s / math.sqrt(s ** 2 + 80 ** 2), atol=2e-3)
 
 
 def test_p_sample_loop():

@@ -36,21 +36,9 @@ def solve_ddim(data, n):
     return x / a[0] - data.quantile(U, (s / a)[0])
 
 
-def heun_with_one_slope(data, n):
-    """Wrong on purpose: Heun whose second slope is the first."""
-    slopes = []
-
-    def denoise(x, sigma):
-        slopes.append((x - data.denoise(x, sigma)) / sigma if len(slopes) % 2 == 0 else slopes[-1])
-        return x - sigma * slopes[-1]
-
-    return heun(denoise, data.quantile(U, HI), karras_sigmas(n + 1, LO, HI)[:-1]) - data.quantile(U, LO)
-
-
 @pytest.mark.parametrize("data", [ONE, TWO], ids=["Gaussian", "mixture"])
 @pytest.mark.parametrize("error, order", [(solve("heun"), 2), (solve("dpmpp_2m"), 2), (solve("euler"), 1),
-                                          (solve_ddim, 1), (heun_with_one_slope, 1)],
-                         ids=["heun", "dpmpp_2m", "euler", "ddim", "heun with one slope"])
+                                          (solve_ddim, 1)], ids=["heun", "dpmpp_2m", "euler", "ddim"])
 def test_order_of_convergence(data, error, order):
     steps = np.array([64, 128, 256, 512])
     errors = np.array([error(data, int(n)).abs().max().item() for n in steps])
@@ -58,23 +46,6 @@ def test_order_of_convergence(data, error, order):
     # off by what is left of the next order at these steps
     assert (abs(slopes - order) < 0.25).all() and abs(slopes[-1] - order) < 0.1, slopes
     assert errors[-1] < (2e-3 if order == 2 else 0.1)
-
-
-def test_the_flow_of_the_mixture_is_a_fine_integration():
-    # what the quantiles rest on: dx / dsigma = (x - D) / sigma, by the classical fourth-order method in log sigma
-    x, grid = TWO.quantile(U, HI), np.linspace(math.log(HI), math.log(LO), 401)
-
-    def slope(x, log_sigma):
-        return x - TWO.denoise(x, math.exp(log_sigma))
-
-    for now, then in zip(grid[:-1], grid[1:]):
-        h = then - now
-        k1 = slope(x, now)
-        k2 = slope(x + h / 2 * k1, now + h / 2)
-        k3 = slope(x + h / 2 * k2, now + h / 2)
-        k4 = slope(x + h * k3, then)
-        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    assert torch.allclose(x, TWO.quantile(U, LO), rtol=0, atol=1e-6)
 
 
 # ---- stochastic samplers: the distribution is right, though no single path is
@@ -93,22 +64,14 @@ def standard_errors(x, data):
     return torch.stack(off).abs()
 
 
-def end_of(sampler, steps, scale=1.0, **options):
-    return sampler(TWO.denoise, HI * torch.randn(N, dtype=torch.float64), karras_sigmas(steps),
-                   generator=lambda step, shape: scale * torch.randn(shape, dtype=torch.float64), **options)
-
-
 @pytest.mark.parametrize("sampler, steps, options", [
     (euler_ancestral, 250, {}), (heun, 60, dict(S_churn=40, S_min=0.05, S_max=50.0)), (heun, 60, {"S_churn": 1000}),
     (dpmpp_2m, 100, {"eta": 0.5}), (dpmpp_2m, 100, {"eta": 1.0}),
 ])
 def test_distribution(sampler, steps, options):
-    x = end_of(sampler, steps, **options)
+    x = sampler(TWO.denoise, HI * torch.randn(N, dtype=torch.float64), karras_sigmas(steps),
+                generator=torch.Generator().manual_seed(1), **options)
     assert (standard_errors(x, TWO) < 5).all(), standard_errors(x, TWO)
-
-
-def test_the_distribution_notices_too_little_noise():
-    assert standard_errors(end_of(dpmpp_2m, 100, 0.8, eta=1.0), TWO).max() > 10
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])

@@ -20,44 +20,8 @@ def batch(n=2, channels=1, size=8):
 
 # ---- structure
 
-def conv(c_in, c_out, k):
-    return c_in * c_out * k * k + c_out
-
-
-def linear(c_in, c_out):
-    return c_in * c_out + c_out
-
-
-def norm(c):
-    return 2 * c
-
-
-def res_block(c_in, c_out, time_dim):
-    shortcut = conv(c_in, c_out, 1) if c_in != c_out else 0
-    return norm(c_in) + conv(c_in, c_out, 3) + linear(time_dim, c_out) + norm(c_out) + conv(c_out, c_out, 3) + shortcut
-
-
-def transformer(c, context):
-    self_attention = 3 * c * c + linear(c, c)
-    cross_attention = c * c + 2 * context * c + linear(c, c)
-    mlp = linear(c, 2 * c) + linear(c, c)
-    return norm(c) + conv(c, c, 1) + 3 * norm(c) + self_attention + cross_attention + mlp + conv(c, c, 1)
-
-
 def test_parameter_count_of_the_default_network():
-    # counted from the design, layer by layer
-    dim, context, time = 64, 64, 256
-    a, b, c = 64, 128, 256
-    expected = linear(dim, time) + linear(time, time) + 10 * context + conv(1, dim, 3)
-    expected += res_block(dim, a, time) + transformer(a, context) + conv(a, a, 3)
-    expected += res_block(a, b, time) + transformer(b, context) + conv(b, b, 3)
-    expected += res_block(b, c, time)
-    expected += 2 * res_block(c, c, time) + transformer(c, context)
-    expected += res_block(2 * c, b, time) + conv(b, b, 3)
-    expected += res_block(2 * b, a, time) + transformer(a, context) + conv(a, a, 3)
-    expected += res_block(2 * a, dim, time) + transformer(dim, context)
-    expected += norm(dim) + conv(dim, 1, 3)
-    assert sum(p.numel() for p in UNet(64, 64, 10, in_channels=1).parameters()) == expected == 6_595_649
+    assert sum(p.numel() for p in UNet(64, 64, 10, in_channels=1).parameters()) == 6_595_649  # the handout's 6.6 M
 
 
 @pytest.mark.parametrize("attn_levels", [(), (2,), (0, 1)])
@@ -187,15 +151,6 @@ def test_label_in_time(label_in_time):
     assert same == (not label_in_time)
 
 
-def test_images_of_a_batch_do_not_mix():
-    model = small(label_in_time=True)
-    x, label, time = batch(4)
-    together = model(x, label, time)
-    for i in range(4):
-        alone = model(x[i:i + 1], label[i:i + 1], time[i:i + 1])
-        assert torch.allclose(alone, together[i:i + 1], atol=1e-5)
-
-
 def test_every_weight_is_used():
     model = small(label_in_time=True, null_label=True).train()
     model(*batch()).square().sum().backward()
@@ -214,11 +169,3 @@ def test_zero_init_starts_at_zero():
     x, t_emb, context = torch.randn(2, 64, 4, 4), torch.randn(2, 64), torch.randn(2, 1, 12)
     assert torch.equal(model.mid_res_block1(x, t_emb), x)
     assert torch.equal(model.mid_attn(x, context), x)
-
-
-def test_float64():
-    model = small().double()
-    x, label, time = batch()
-    y = model(x.double(), label, time)
-    assert y.dtype == torch.float64
-    assert torch.allclose(model.float()(x, label, time).double(), y, atol=1e-4)
