@@ -109,8 +109,8 @@ def main(argv=None):
     for path, half in zip(files, (trainer.ema.module.model.encoder, trainer.ema.module.model.decoder)):
         with atomic_file(path) as f:
             save_tensors({name: w.half().cpu().contiguous() for name, w in half.state_dict().items()}, f)
-    print(f"done: {display_path(files[0])} and decoder.pth, for model.vae_encoder_weights and model.vae_decoder_weights",
-          flush=True)
+    print(f"done: {display_path(files[0])} and decoder.pth, for model.vae_encoder_weights and "
+          "model.vae_decoder_weights", flush=True)
     write_report(*files, data, test, split, device, os.path.join(folder, "evaluation"))
 
 

@@ -73,8 +73,8 @@ def load_images(data, split, limit=None):
 def draw_crops(dataset, config, step, total_steps, device):
     """The images of update `step` and the noise on their latents, a function of (seed, step) alone.
 
-    First `loader.batch_size` crops of half the images' side, then a quarter as many whole images. Learning from crops is
-    faster, as they differ more; but all their pixels are near a border, unlike most pixels of whole images.
+    First `loader.batch_size` crops of half the images' side, then a quarter as many whole images. Learning from crops
+    is faster, as they differ more; but all their pixels are near a border, unlike most pixels of whole images.
 
     Returns (images B x 3 x S x S in [0, 1], noise B x 4 x S/8 x S/8), on `device`.
     """
