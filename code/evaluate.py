@@ -13,8 +13,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 import libs
 from libs.common.checkpoint import find_run, load_checkpoint, model_file
-from libs.common.cli import Parser, add_sampler_flags, check_output, positive, progress_bar, run, sampler_flags
+from libs.common.cli import Parser, check_output, positive, progress_bar, run
 from libs.common.errors import UsageError, display_path
+from libs.config import add_sampler_flags, sampler_flags
 from libs.common.files import atomic_file
 from libs.common.pictures import sheet, write_png
 from libs.common.seeds import seeded_generator

@@ -1,0 +1,1 @@
+"""What everything may use: errors, files, checkpoints, the command line, pictures, seeds, memory."""

@@ -5,9 +5,7 @@ The order of the data, its augmentation, the noise and the noise levels of updat
 """
 
 import hashlib
-import random
 
-import numpy as np
 import torch
 
 
@@ -23,30 +21,18 @@ def image_noise(seed, numbers, shape):
 
 
 def seed_everything(seed):
-    """Seed the global generators: Python's, NumPy's, torch's on every device."""
-    random.seed(seed)
-    np.random.seed(seed % 2 ** 32)
+    """Seed torch's global generators, on every device: initial weights and dropout come from them."""
     torch.manual_seed(seed)
 
 
 def rng_state():
-    """States of all global generators, as tensors and plain values (so that a checkpoint can hold them)."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()
-    version, internal, gauss_next = random.getstate()
-    return {
-        "python": [version, list(internal), gauss_next],
-        "numpy": [torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    """States of torch's global generators, as tensors."""
+    return {"torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
 def set_rng_state(state):
-    """Put back what `rng_state` returned."""
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-    keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    """Put back what `rng_state` returned; on another number of GPUs, only the CPU's."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,1 @@
+"""Training: the update and its averages, device and precision, optimizers, run folders, several processes."""

@@ -1,0 +1,1 @@
+"""Images in: folders, MNIST's files, stored latents, sets of images."""
