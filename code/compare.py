@@ -153,7 +153,7 @@ def compare_runs(args):
     results.require(num=args.num, seed=args.seed, data=real.train.digest()[:12], extractor_hash=real.extractor.hash,
                     sigmas=SIGMAS, device=str(device))
     facts = {"metric": real.extractor.metric, "floor": real.floor(args.num), "torch": torch.__version__}
-    latents = real_latents(runs[0].model.to(device), real, device)
+    latents = real_latents(runs[0].model.to(device, memory_format=memory_format(device)), real, device)
     labels = labels_like(real.test.labels, len(real.train.classes), args.num)
 
     # 2. errors and samples of each run, those that the file does not have
