@@ -27,7 +27,7 @@ from libs.training.autoencoder import GRID_ROW
 from libs.training.autoencoder import NAME as AUTOENCODER
 
 STYLES = [("black", "o", "-"), ("0.45", "s", "--"), ("black", "^", ":"), ("0.45", "D", "-."), ("black", "v", "--")]
-TENTHS = "loss_by_time/"  # and the beginning of the tenth: train.py's tags
+TENTHS = "train_loss_by_time/"  # and the beginning of the tenth: train.py's tags
 # the panels of loss.pdf and eval.pdf, from top to bottom: label -> tags
 LOSS = {"training loss": ["train/loss"], "learning rate": ["train/lr"], "gradient norm": ["train/grad_norm"]}
 EVALUATIONS = {"Frechet distance": ["eval/fd_train", "eval/fd_test", "eval/fd_floor"],

@@ -29,7 +29,7 @@ def run(tmp_path_factory):
             for step in range(start + 1, stop + 1):
                 board.add_scalar("train/loss", 1 / step + (start > 0), step)
                 for k in range(10):
-                    board.add_scalar(f"loss_by_time/{k / 10:.1f}", 1 + k / step, step)
+                    board.add_scalar(f"train_loss_by_time/{k / 10:.1f}", 1 + k / step, step)
                 if step % 10 == 0:
                     board.add_scalar("eval/fd_train", 5 / step, step)
     for epoch in (1, 2, 3):  # 2 rows of 4 images of 8 x 8, one pixel between them: grey is the epoch and column
@@ -57,7 +57,7 @@ def test_the_figures_of_a_run(run, tmp_path):
     for row in rows:
         step = int(row["step"])
         assert float(row["train/loss"]) == pytest.approx(1 / step + (step > 20), rel=1e-5)
-        assert float(row["loss_by_time/0.7"]) == pytest.approx(1 + 7 / step, rel=1e-5)
+        assert float(row["train_loss_by_time/0.7"]) == pytest.approx(1 + 7 / step, rel=1e-5)
         assert (row["eval/fd_train"] != "") == (step % 10 == 0)
 
     # three columns of the grids of the first and the last epoch, side by side
@@ -78,7 +78,7 @@ def lines(axis):
 def test_curves():
     """A value that is no number is a gap; a tenth that was never positive is left out; one point is enough."""
     curves = {"train/loss": [(1, 8.0), (2, math.nan), (3, 2.0), (4, 1.0)], "train/grad_norm": [(1, 0.0)],
-              "loss_by_time/0.0": [(1, 0.5)], "loss_by_time/0.1": [(1, 0.0)], "loss_by_time/0.9": [(1, 0.7), (2, math.inf)],
+              "train_loss_by_time/0.0": [(1, 0.5)], "train_loss_by_time/0.1": [(1, 0.0)], "train_loss_by_time/0.9": [(1, 0.7), (2, math.inf)],
               "eval/precision": [(2, 0.25)]}
     top, bottom = plot_results.plot_panels(plot_results.LOSS, curves, 64).axes  # there is no learning rate
     (steps, values), = lines(top).values()
