@@ -39,7 +39,8 @@ def test_operations():
 
     fused = F.scaled_dot_product_attention
     forward, backward = operations_by_kind(Network(), torch.zeros(2, 3, 5, 5))
-    assert forward == {"convolutions": 2 * 25 * 9 * 3 * 8, "linear layers": 2 * 25 * 8 * 8, "attention": 4 * 25 * 25 * 8}
+    assert forward == {"convolutions": 2 * 25 * 9 * 3 * 8, "linear layers": 2 * 25 * 8 * 8,
+                       "attention": 4 * 25 * 25 * 8}
     # with respect to weights and input, but of the first layer's weights alone
     assert backward == {kind: n * (1 if kind == "convolutions" else 2) for kind, n in forward.items()}
     assert F.scaled_dot_product_attention is fused

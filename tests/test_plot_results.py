@@ -36,7 +36,8 @@ def run(tmp_path_factory):
         picture = Image.new("RGB", (4 * 9 + 1, 2 * 9 + 1))
         for column in range(4):
             for row in range(2):
-                picture.paste((50 * epoch + 10 * column,) * 3, (1 + 9 * column, 1 + 9 * row, 9 + 9 * column, 9 + 9 * row))
+                box = (1 + 9 * column, 1 + 9 * row, 9 + 9 * column, 9 + 9 * row)
+                picture.paste((50 * epoch + 10 * column,) * 3, box)
         picture.save(folder / f"sample-{epoch - 1}.png")
     plot_results.main([str(folder), "--epochs", "2", "--columns", "3"])
     return folder
@@ -100,7 +101,8 @@ def test_a_comparison_of_samplers():
     rows = [row("heun", 17, 0.3), row("heun", 17, 0.5), row("heun", 35, 0.2), row("dpmpp_2m", 20, 0.6, eta=0.5),
             row("dpmpp_2m", 20, 0.7, eta=0.0), row("heun", 17, 0.9, "def")]
     axis, = plot_results.plot_samplers({"metric": "FD (classifier)", "n": 1000, "floor": 0.4, "rows": rows}).axes
-    found = {bars.get_label(): (list(bars.lines[0].get_xdata()), list(bars.lines[0].get_ydata())) for bars in axis.containers}
+    found = {bars.get_label(): (list(bars.lines[0].get_xdata()), list(bars.lines[0].get_ydata()))
+             for bars in axis.containers}
     assert found == {"abc, heun": ([17, 35], [0.4, 0.2]), "abc, dpmpp_2m, eta 0.5": ([20], [0.6]),
                      "abc, dpmpp_2m, eta 0.0": ([20], [0.7]), "def, heun": ([17], [0.9])}
     (low, high), *_ = [segment[:, 1] for segment in axis.containers[0].lines[2][0].get_segments()]
@@ -120,7 +122,8 @@ def test_bad_input(run, tmp_path, monkeypatch):
     (tmp_path / "no_logs/config.txt").write_text((run / "config.txt").read_text())
     (tmp_path / "x.json").write_text("not JSON")
     (tmp_path / "y.json").write_text(json.dumps({"errors": [], "rows": []}))
-    for source, message in (("empty", "is no run folder"), ("no_logs", "no train/loss"), ("x.json", "no file of compare.py"),
+    for source, message in (("empty", "is no run folder"), ("no_logs", "no train/loss"),
+                            ("x.json", "no file of compare.py"),
                             ("y.json", "no file of compare.py"), ("nothing", "no such run folder or file"),
                             (run, "curves.csv exists; give another name, or --overwrite")):
         with pytest.raises(UsageError) as error:
