@@ -26,7 +26,7 @@ class Mixture:
         return (self.weights * ndtr((x[..., None] - self.means) / (self.stds ** 2 + sigma ** 2).sqrt())).sum(-1)
 
     def quantile(self, u, sigma=0.0):
-        """By bisection, to the last digit. The probability flow takes each quantile to the same one at another sigma."""
+        """By bisection, to the last digit. The probability flow takes each quantile to that at another sigma."""
         bound = 10 * (1 + sigma) + self.means.abs().max()
         lo, hi = -bound * torch.ones_like(u), bound * torch.ones_like(u)
         for _ in range(80):

@@ -112,7 +112,8 @@ def test_sampling_gaussian_data():
     model, mu, s = small(), torch.tensor([0.4, -0.2]), 0.3
     labels, noise = torch.tensor([0, 1, 1, 0]), torch.randn(4, 1, 8, 8)
     m = mu[labels][:, None, None, None]
-    model.denoise = lambda x, sigma, label, scale: (s ** 2 * x + sigma ** 2 * m) / (s ** 2 + sigma ** 2)
+    model.denoise = lambda x, sigma, label, scale: (
+        (s ** 2 * x + sigma ** 2 * mu[label][:, None, None, None]) / (s ** 2 + sigma ** 2))
     model.postprocess = lambda x: x
     got = model.p_sample_loop(labels, steps=100, noise=noise)
     assert torch.allclose(got, m + (80 * noise - m) * s / math.sqrt(s ** 2 + 80 ** 2), atol=2e-3)

@@ -14,7 +14,7 @@ from libs.samplers import SOLVERS, guidance_at, image_generator, karras_sigmas
 
 EACH = pytest.mark.parametrize("kind, sampler", [("DDPM", name) for name in SAMPLERS]
                                + [("EDM", name) for name in SOLVERS])
-# every sampler that can draws noise
+# with these, every sampler but Euler's adds noise on the way
 OPTIONS = {"ddim": {"eta": 0.7}, "heun": {"S_churn": 5.0}, "dpmpp_2m": {"eta": 0.7}}
 CONFIG = {kind: complete_config({"model_name": kind}) for kind in MODELS}
 
@@ -48,7 +48,7 @@ def test_samplers_of_each_model():
 
 @EACH
 def test_an_image_does_not_depend_on_its_batch(kind, sampler):
-    """In double precision: a batch's size decides the order of sums, and a random network makes much of the rounding."""
+    """In double precision: the batch size decides the order of sums, and a random network amplifies the rounding."""
     model, labels = small(kind).double(), torch.tensor([3, 0, 2, 2])
     options = dict(sampler=sampler, steps=steps_of(sampler), guidance_scale=2.0, **OPTIONS.get(sampler, {}))
     whole = draw(model, labels, generator=image_generator(5, range(4)), **options)

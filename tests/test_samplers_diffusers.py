@@ -1,4 +1,4 @@
-"""The solvers step by step against diffusers' schedulers, on random networks. DDPM's and DDIM's own files test theirs."""
+"""The solvers step by step against diffusers' schedulers, on random networks."""
 
 import numpy as np
 import pytest
