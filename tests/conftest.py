@@ -1,8 +1,11 @@
-"""What all tests share: `code/` on the path, the real data where the environment names them, and child processes."""
+"""What all tests share: `code/` on the path, one thread, the real data where the environment names them."""
 
 import os
 import signal
 import sys
+
+# the networks of the tests are tiny, and threads would wait for each other; inherited by processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -31,15 +34,6 @@ def signal_handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture
-def one_thread():
-    """In this process as in the children of `spawn`, so that sums are added in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,7 +1,11 @@
 """What several test files share. (Fixtures that several share are in conftest.py.)"""
 
+import multiprocessing
 import os
 import shutil
+import tempfile
+from multiprocessing import forkserver
+from unittest import mock
 
 import numpy as np
 import torch
@@ -9,13 +13,51 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from libs import build_model, load_config, save_checkpoint
-from libs.config import portable
+from libs import build_model, config, load_config, save_checkpoint
+from libs.config import CODE, portable
 from libs.tiny_autoencoder import build_decoder, build_encoder
 
 # a network that costs nothing
 SMALL = dict(img_shape=(1, 8, 8), timesteps=50, dim=8, context_dim=8, num_classes=4, dim_mults=(1, 2),
              attn_levels=(0,))
+
+
+def spawn(function, *arguments, **environment):
+    """Start function(*arguments) in a process of its own, with these environment variables.
+
+    Returns a function that waits for the process: () -> (exit status, standard output, standard error). Each is a fork
+    of one process that has done nothing but to import train.py, which takes seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "helpers"])
+    path = os.pathsep.join([CODE, os.path.dirname(os.path.abspath(__file__))])
+    with mock.patch.dict(os.environ, {"PYTHONPATH": path}):
+        forkserver.ensure_running()
+    folder = tempfile.TemporaryDirectory()
+    streams = [os.path.join(folder.name, name) for name in ("out", "err")]
+    process = context.Process(target=_child, args=(function, arguments, environment, config.CACHE, streams))
+    process.start()
+
+    def wait():
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+        output = []
+        for path in streams:
+            with open(path) as f:
+                output.append(f.read())
+        return process.exitcode, *output
+
+    wait.folder = folder  # deleted when nobody can wait any more
+    return wait
+
+
+def _child(function, arguments, environment, cache, streams):
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    config.CACHE = cache
+    for number, path in enumerate(streams, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    function(*arguments)
 
 
 def one_line(error):

