@@ -20,6 +20,7 @@ from libs.common.errors import UsageError, display_path
 from libs.config import add_sampler_flags, sampler_flags
 from libs.common.pictures import folder_names, grid, sheet, write_folder, write_gif, write_png
 from libs.common.seeds import image_noise
+from libs.config import load_config
 from libs.data.images import to_uint8, write_npz
 from libs.models import draw_images, model_from, network_calls, sampling_settings
 from libs.training.device import memory_format, pick_device
@@ -31,6 +32,8 @@ BAR = "{percentage:3.0f} %|{bar}| {elapsed}, {remaining} left"
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint of train.py, or a run folder")
+    parser.add_argument("--config", default=None, metavar="FILE", help="YAML file, for a checkpoint that holds no "
+                        "configuration")
     parser.add_argument("--labels", default="", metavar="L,L,...", help="classes to draw (default: all)")
     parser.add_argument("--num", type=positive, default=None, help="images per class (default 10; with --compare 1)")
     add_sampler_flags(parser)
@@ -129,8 +132,8 @@ def main(argv=None):
     """1. What is drawn, checked before the work"""
     args = parse_args(argv)
     path = model_file(args.checkpoint)
-    state = load_checkpoint(path)
-    model, config = model_from(state, path)
+    state = load_checkpoint(path, args.config and load_config(args.config))
+    model, config = model_from(state, path, ema="state_dict_ema" in state)
     kind = kind_of_output(args.output, args.overwrite)
     if args.compare and kind != "png":
         raise UsageError(f"--output: {args.output} must end in .png for --compare")

@@ -84,9 +84,10 @@ def set_aside_later(path):
             print(f"{display_path(old)} is of the run that is left here: renamed to {os.path.basename(new)}")
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, config=None):
     """Read a checkpoint of train.py onto the CPU.
 
+    config: the configuration of a checkpoint that holds none, as the course's do not; None: it must hold one.
     Raises UsageError when the file is missing, damaged (every byte is checked against the file's own
     checksums), holds more than tensors and plain values, or is something else.
     """
@@ -104,8 +105,12 @@ def load_checkpoint(path):
                          "so it is refused") from None
     except Exception as e:  # a damaged file makes zipfile and torch raise almost anything
         raise UsageError(f"checkpoint {path} is damaged or no checkpoint: {first_line(e)}") from None
-    if not isinstance(state, dict) or not {"epoch", "state_dict_ema", "config"} <= state.keys():
+    if not isinstance(state, dict) or not {"state_dict", "state_dict_ema"} & state.keys():
         raise UsageError(f"checkpoint {path} is none of train.py's")
+    if "config" not in state:
+        if config is None:
+            raise UsageError(f"checkpoint {path} holds no configuration; sample.py takes one by --config FILE.yaml")
+        state["config"] = config
     return state
 
 
