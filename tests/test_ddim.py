@@ -6,7 +6,7 @@ import torch
 
 from helpers import SMALL, GaussianOracle
 from libs import DDIM, DDPM, UsageError
-from libs.ddim import ddim_timesteps
+from libs.ddim import ddim_step, ddim_timesteps
 from libs.ddpm import SCHEDULES
 from libs.samplers import image_generator
 
@@ -68,6 +68,15 @@ def test_the_loop_agrees_with_diffusers_for_any_spacing(diffusers, schedule, ste
     assert len(states) == len(expected) == steps
     for a, b in zip(states, expected):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_is_eq_12_with_the_noise_of_eq_16():
+    abar, abar_next, eta = 0.3, 0.8, 0.4
+    x0, eps, noise = torch.randn(3, 5, dtype=torch.float64)
+    sigma = eta * ((1 - abar_next) / (1 - abar)) ** 0.5 * (1 - abar / abar_next) ** 0.5
+    expected = abar_next ** 0.5 * x0 + (1 - abar_next - sigma ** 2) ** 0.5 * eps + sigma * noise
+    levels = [(a ** 0.5, (1 - a) ** 0.5) for a in (abar, abar_next)]
+    assert torch.allclose(ddim_step(x0, eps, *levels, eta, noise), expected, rtol=0, atol=1e-12)
 
 
 # ---- Gaussian data: every step is affine
