@@ -165,7 +165,6 @@ def test_unet():
         assert isinstance(getattr(model, name), nn.Module), name
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="the UNet does not keep them yet")
 def test_unet_keeps_its_channels():
     model = UNet(8, 12, 10)
     assert (model.in_channels, model.out_channels) == (3, 3)

@@ -169,6 +169,24 @@ def test_they_do_not_when_one_set_has_duplicates_of_its_own(held_out, train):
     assert found["detected"] == (held_out == 0)
 
 
+def test_the_threshold_is_a_quantile_of_the_model_that_the_median_fits():
+    """P(d_1 / d_k < r) = 1 - (1 - r^D)^(k - 1): a half at the median, FALSE_RATE at the threshold."""
+    k, cloud = 10, torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))
+    space = Space("toy", cloud[:1500], cloud[1500:], k)
+    space.calibrate(cloud[:100], torch.arange(100))
+    d = space.of_held_out[0]
+    median = float((d[:, 0] / d[:, -1]).median())
+
+    def probability(r, dim):
+        return 1 - (1 - r ** dim) ** (k - 1)
+
+    low, high = 0.1, 50.0  # the dimension, by bisection: a larger one makes small ratios rarer
+    for _ in range(60):
+        dim = (low + high) / 2
+        low, high = (dim, high) if probability(median, dim) > 0.5 else (low, dim)
+    assert probability(space.threshold, dim) == pytest.approx(memorization.FALSE_RATE, rel=1e-6)
+
+
 def test_stricter_thresholds_see_copies_among_series():
     # 7 % of fresh images have scores from 0.3 to 1; 1 % of the generated ones are copies
     def series(n):

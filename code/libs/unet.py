@@ -62,6 +62,7 @@ class UNet(nn.Module):
         num_groups = num_groups or default_groups(dim)
         num_heads = num_heads or default_heads(dim)
         out_channels = out_channels or in_channels
+        self.in_channels, self.out_channels = in_channels, out_channels
         dims = [init_dim] + [dim * m for m in dim_mults]
         self._check(dims, dim_mults, attn_levels, num_groups, num_heads)
         self.patch_size = patch_size
