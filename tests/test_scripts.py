@@ -98,10 +98,12 @@ def test_real_mnist(digits, tmp_path, capsys):
     assert len(losses) == 8 and losses[-1] < 0.3 * losses[0]  # noise is predictable once something is learnt
 
 
-def test_the_whole_report_of_the_shipped_model(digits, tmp_path, monkeypatch):
+def test_the_report_of_the_shipped_model(digits, tmp_path, monkeypatch):
+    """Less the search for copies, which test_memorization.py tests on digits."""
     monkeypatch.setattr("libs.config.CACHE", str(tmp_path / "cache"))
-    evaluate.main([MODEL, "--num", "200", "--data-folder", digits, "--output", str(tmp_path / "a.json")])
+    evaluate.main([MODEL, "--num", "200", "--data-folder", digits, "--no-memorization",
+                   "--output", str(tmp_path / "a.json")])
     figures = json.loads((tmp_path / "a.json").read_text())
     for name in ("generated", "floor"):  # of 200 images, too few to tell which is the better
         assert 0 < figures[name]["fd_train"] < 0.05 * figures["ceiling"]["fd_train"]
-    assert figures["generated"]["label_accuracy"] > 0.95 and not figures["memorization"]["copies"]["detected"]
+    assert figures["generated"]["label_accuracy"] > 0.95
