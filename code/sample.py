@@ -129,7 +129,7 @@ def draw(model, labels, choices, args, device, noise=None, keep=()):
 
 
 def main(argv=None):
-    """1. What is drawn, checked before the work"""
+    # ---- 1. What is drawn, checked before the work
     args = parse_args(argv)
     path = model_file(args.checkpoint)
     state = load_checkpoint(path, args.config and load_config(args.config))
@@ -152,7 +152,7 @@ def main(argv=None):
     if kind == "gif":
         keep = torch.linspace(1, steps, min(steps, FRAMES)).round().long().tolist()
 
-    """2. What is going to happen"""
+    # ---- 2. What is going to happen
     device = pick_device([args.device])
     where = {"png": "a grid", "npz": "images and labels", "gif": f"{1 + len(keep)} frames",
              "folder": "PNG files" + (", a folder for each class" if folders else "")}[kind]
@@ -164,7 +164,7 @@ def main(argv=None):
         print("; ".join([captions[-1], *(f"{k} {v}" for k, v in settings.items() if k not in ("sampler", "steps"))]),
               flush=True)
 
-    """3. Draw"""
+    # ---- 3. Draw
     started, noise = time.time(), None
     model.to(device, memory_format=memory_format(device))
     if args.interpolate:
@@ -174,7 +174,7 @@ def main(argv=None):
         noise = image_noise(args.seed, range(len(labels)), model.img_shape)
     drawn, frames = draw(model, labels, choices, args, device, noise, keep)
 
-    """4. Write; in grids each class has a row"""
+    # ---- 4. Write; in grids each class has a row
     by_class = torch.arange(len(labels)).reshape(columns, -1).T.flatten()
     if args.compare:
         write_png(args.output, sheet(list(zip(captions, drawn)), len(classes)))

@@ -3,6 +3,7 @@
 python code/train.py configs/mnist.yaml
 python code/train.py --resume logs/RUN             goes on with a run, with its own settings"""
 
+import math
 from contextlib import suppress
 from functools import partial
 
@@ -30,7 +31,8 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """1. Configuration"""
+    """Train, or go on training; returns an exit status."""
+    # ---- 1. Configuration
     args, world = parse_args(argv), World()
     config, folder, resume_path, state = find_place(args)
     cfg, data = config["train_cfg"], config["dataset"]
@@ -38,9 +40,10 @@ def main(argv=None):
     device = pick_device([world.device_name(config["devices"])])
     precision = pick_precision(config["dtype"], device)
 
-    """2. Model: before the data are read, to fail early where a setting cannot work"""
+    # ---- 2. Model: before the data are read, to fail early where a setting cannot work
     num_classes, num_images = libs.describe_dataset(data["name"], data["split"], data["data_folder"], data["limit"])
-    if config["model"]["num_classes"] not in (None, num_classes) and data["name"] != "AFHQ":  # may lack a class
+    # AFHQ's folder decides, as it may hold one kind of animal only
+    if config["model"]["num_classes"] not in (None, num_classes) and data["name"] != "AFHQ":
         raise UsageError(f"model.num_classes is {config['model']['num_classes']}, but the data set {data['name']} "
                          f"in {data['data_folder']} has {num_classes} classes")
     config["model"]["num_classes"] = num_classes
@@ -55,7 +58,7 @@ def main(argv=None):
         return
     world.connect(device)
 
-    """3. Data: in [0, 1] for the autoencoder, in [-1, 1] for a model of pixels"""
+    # ---- 3. Data: in [0, 1] for the autoencoder, in [-1, 1] for a model of pixels
     world.one_after_the_other()  # the first may download what the others read
     report = partial(print, flush=True) if world.first else None
     dataset, _, _ = libs.build_dataset(data["name"], data["split"], data["data_folder"], data["img_size"],
@@ -71,7 +74,7 @@ def main(argv=None):
     real = RealImages(config, device) if config["eval"]["every"] and world.first else None
     world.one_after_the_other(done=True)
 
-    """4. Optimizer and averages; resume"""
+    # ---- 4. Optimizer and averages; resume
     trainer = Trainer(model, cfg, device, precision, cfg["epochs"] * updates)
     if state:
         restore(trainer, state, resume_path)
@@ -81,10 +84,11 @@ def main(argv=None):
             print(f"resumed from {display_path(resume_path)}: {trainer.epoch} epochs and {trainer.batch} batches done, "
                   f"update {trainer.step}")
     signals = Signals()
-    n = -(-len(range(loader.batch_size)[loader.part]) // cfg["accumulate"])  # images in the network at once
+    images_per_process = len(range(loader.batch_size)[loader.part])
+    n = math.ceil(images_per_process / cfg["accumulate"])  # images in the network at once
     prepare_network(model, cfg, dataset, device, precision, n, world.size)
 
-    """5. Run folder"""
+    # ---- 5. Run folder
     out = RunFolder(folder, config, trainer, loader.batch_size, args, active=world.first)
     out.last_checkpoint = resume_path
     log = TrainingLog(out, model, world, loader.batch_size, cfg["epochs"])
@@ -92,7 +96,7 @@ def main(argv=None):
     if model.use_vae:
         facts["autoencoder"] = model.vae.hashes()
 
-    """6. Training"""
+    # ---- 6. Training
     network = world.wrap(model, device)
     model.train()
     stop = 0
@@ -122,7 +126,7 @@ def main(argv=None):
 
 
 def train_one_epoch(network, trainer, loader, log, n, seed, precision, stopped):
-    """Algorithm 1 of Ho et al. over the batches of one epoch that are not done yet; `stopped()` ends it early.
+    """Algorithm 1 of Ho et al. over the rest of the current epoch, all of it unless resumed; `stopped()` ends it early.
 
     network: the model, or what averages its gradients over several processes. n: images that go through it at once.
     """
@@ -137,9 +141,11 @@ def train_one_epoch(network, trainer, loader, log, n, seed, precision, stopped):
 
         # line 5: a gradient step on the mean loss of the batch, computed in one piece or in `accumulate` of them
         losses = []
-        for part in zip(*(x.split(n) for x in (images, labels, t, noise, drop))):
+        parts = zip(*(whole.split(n) for whole in (images, labels, t, noise, drop)))
+        for x_start, label, time, eps, hidden in parts:
             with autocast(device, precision):
-                loss, each = network(*part, encoded=loader.dataset.encoded, return_each=True)  # compute_loss
+                # DDPM.compute_loss; called as a module, so that several processes can average their gradients
+                loss, each = network(x_start, label, time, eps, hidden, loader.dataset.encoded, return_each=True)
             trainer.backward(loss, share=len(each) / len(labels))
             losses.append(each.detach())
         norm, finite = trainer.update()

@@ -51,7 +51,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """1. Configuration"""
+    # ---- 1. Configuration
     args = parse_args(argv)
     if args.evaluate:
         return measure(args)
@@ -61,7 +61,7 @@ def main(argv=None):
     device = pick_device(config["devices"])
     precision = pick_precision(config["dtype"], device)
 
-    """2. Model"""
+    # ---- 2. Model
     _, num_images = describe_dataset(data["name"], "train", data["data_folder"], data["limit"])
     model = TrainedTAESD(config["model"]["vae_encoder_weights"], config["model"]["vae_decoder_weights"])
     updates = max(num_images // batch_size, 1)  # an epoch: as many crops as there are images
@@ -71,7 +71,7 @@ def main(argv=None):
     if args.dry_run:
         return
 
-    """3. Data, optimizer and averages; resume"""
+    # ---- 3. Data, optimizer and averages; resume
     test, split = held_out(data)
     dataset = load_images(data, "train", data["limit"]).to(device)
     model.to(device, memory_format=memory_format(device))
@@ -83,13 +83,13 @@ def main(argv=None):
         print(f"resumed from {display_path(resume_path)}: update {trainer.step}", flush=True)
         del state
 
-    """4. Run folder"""
+    # ---- 4. Run folder
     out = RunFolder(folder, config, trainer, batch_size, args)
     out.last_checkpoint = resume_path
     log = TrainingLog(out, model, World(), batch_size, cfg["epochs"])
     signals = Signals()
 
-    """5. Training"""
+    # ---- 5. Training
     model.train()
     while trainer.epoch < cfg["epochs"] and not signals.received:
         train_one_epoch(trainer, dataset, config, updates, precision, log, signals)
@@ -104,7 +104,7 @@ def main(argv=None):
         out.print(f"saved {display_path(out.last_checkpoint)}; go on with: {resume_command(folder)}")
         return 128 + signals.received
 
-    """6. The weight files that latent diffusion takes"""
+    # ---- 6. The weight files that latent diffusion takes
     files = [os.path.join(folder, f"{half}.pth") for half in ("encoder", "decoder")]
     for path, half in zip(files, (trainer.ema.module.model.encoder, trainer.ema.module.model.decoder)):
         with atomic_file(path) as f:

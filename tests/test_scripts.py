@@ -99,9 +99,12 @@ def test_real_mnist(digits, tmp_path, capsys):
 
 
 def test_the_report_of_the_shipped_model(digits, tmp_path, monkeypatch):
-    """Less the search for copies, which test_memorization.py tests on digits."""
+    """Beside 4,000 training digits, and less the search for copies, which test_memorization.py tests."""
     monkeypatch.setattr("libs.config.CACHE", str(tmp_path / "cache"))
-    evaluate.main([MODEL, "--num", "200", "--data-folder", digits, "--no-memorization",
+    state = libs.load_checkpoint(MODEL)
+    state["config"]["dataset"]["limit"] = 4000
+    libs.save_checkpoint(state, False, str(tmp_path), "limited.pth.tar")
+    evaluate.main([str(tmp_path / "limited.pth.tar"), "--num", "200", "--data-folder", digits, "--no-memorization",
                    "--output", str(tmp_path / "a.json")])
     figures = json.loads((tmp_path / "a.json").read_text())
     for name in ("generated", "floor"):  # of 200 images, too few to tell which is the better

@@ -1,4 +1,5 @@
-"""Denoising diffusion implicit models: Song et al. 2020 (arXiv 2010.02502). Equation numbers are theirs.
+"""Denoising diffusion implicit models: Song et al. 2020 (arXiv 2010.02502). Equation numbers are theirs; their alpha_t is
+alpha-bar of Ho et al., abar here.
 
 The network, its training and its checkpoints are DDPM's; only the reverse process differs: it visits a few of the
 timesteps, and adds no noise unless `eta` asks for it.
@@ -15,7 +16,7 @@ def ddim_timesteps(timesteps, steps, spacing="uniform"):
     """`steps` of `timesteps` timesteps from the last, T - 1, down to 0: a list of ints, no two the same.
 
     spacing: "uniform", or "quadratic", which is denser near 0 (Section 4.4 and Appendix D.2). Both ends are included
-    (one step: T - 1 alone): as in training, the first is pure noise. Raises UsageError unless 1 <= steps <= timesteps.
+    (one step: T - 1 alone); the first, T - 1, is the noisiest that training has seen. Raises UsageError unless 1 <= steps <= timesteps.
     """
     if not 1 <= steps <= timesteps:
         raise UsageError(f"steps: {steps} is not possible; ddim takes 1 and more, at most model.timesteps, {timesteps}")
@@ -71,7 +72,7 @@ class DDIM(DDPM):
         steps, spacing: see `ddim_timesteps`. given: guidance_scale, generator, clip and eta of `p_sample`.
         noise, guidance_interval, callback: see Diffusion.sample.
         """
-        scale = given.get("guidance_scale")
+        scale = given.get("guidance_scale", 1.0)
         self.check_guidance(scale)
         labels, x = self.start(labels, noise, given.get("generator"))
         timesteps = ddim_timesteps(self.timesteps, steps, spacing)

@@ -175,14 +175,14 @@ class DDPM(Diffusion):
         The mean is eq. 11, the variance beta-tilde of eq. 7; no noise at t_index 0.
         generator: see samplers.draw_noise; clip: see `predict`, not part of Algorithm 2.
         """
-        eps, _ = self.predict(x, label, t, guidance_scale, clip)
+        eps, _ = self.predict(x, label, t, guidance_scale, clip)  # eps_theta(x_t, t)
         beta = self._extract(self.betas, t, x.shape)
         mean = self._extract(self.sqrt_recip_alphas, t, x.shape) * (
             x - beta / self._extract(self.sqrt_one_minus_alphas_cumprod, t, x.shape) * eps
         )
         if t_index == 0:
             return mean
-        noise = draw_noise(generator, self.timesteps - t_index, x)
+        noise = draw_noise(generator, self.timesteps - t_index, x)  # draw number 1, 2, ...; number 0 was x_T
         return mean + self._extract(self.posterior_variance, t, x.shape).sqrt() * noise
 
     @torch.no_grad()
@@ -190,9 +190,9 @@ class DDPM(Diffusion):
         """Algorithm 2: draw one image per label, B -> B x C x H x W in [0, 1], decoded when `use_vae`.
 
         noise, guidance_interval, callback: see Diffusion.sample. given: guidance_scale, generator and clip of
-        `p_sample`, which gets those that were given here and no others: an override needs no more than four arguments.
+        `p_sample`, passed on only where they are given here: a subclass may override p_sample(x, label, t, t_index).
         """
-        scale = given.get("guidance_scale")
+        scale = given.get("guidance_scale", 1.0)
         self.check_guidance(scale)
         labels, x = self.start(labels, noise, given.get("generator"))
         for i in reversed(range(self.timesteps)):

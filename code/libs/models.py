@@ -1,6 +1,5 @@
 """From a configuration or a checkpoint to a model, and from a model to many images."""
 
-import math
 from typing import Callable, NamedTuple
 
 import torch
@@ -16,7 +15,9 @@ from .samplers import SOLVERS, guidance_at, image_generator, karras_sigmas
 
 MODELS = {"DDPM": DDPM, "EDM": EDM}
 DEFAULT_SAMPLER = {"DDPM": "ddim", "EDM": "heun"}
-COMMON_SETTINGS = ("steps", "guidance_scale", "guidance_interval", "clip")
+GRID_SAMPLER = {"DDPM": "ddpm"}  # of training's grids, where another: the handout's p_sample_loop
+GUIDANCE = ("guidance_scale", "guidance_interval", "clip")  # settings that every sampler has, beside "steps"
+COMMON_SETTINGS = ("steps", *GUIDANCE)
 
 
 # ---- how images are drawn
@@ -35,20 +36,39 @@ def _solver(name, steps, options=()):
         return model.sample(labels, name, steps, **settings)
 
     def levels(model, steps, **options):
-        called = []  # the solver itself counts, on a number in place of an image
-        SOLVERS[name](lambda x, sigma: called.append(sigma) or x, torch.zeros(1), karras_sigmas(steps, *model.sigma_range),
+        called = []
+
+        def denoise(x, sigma):
+            called.append(sigma)
+            return x
+
+        # run on a number in place of an image, to record where the solver calls the network
+        SOLVERS[name](denoise, torch.zeros(1), karras_sigmas(steps, *model.sigma_range),
                       generator=lambda step, shape: torch.zeros(shape), **options)
         return called
 
     return Sampler(draw, levels, steps, options)
 
 
+def _draw_ddpm(model, labels, steps, **settings):
+    return model.p_sample_loop(labels, **settings)
+
+
+def _ddpm_levels(model, steps):
+    return model.sigmas.tolist()
+
+
+def _draw_ddim(model, labels, steps, **settings):
+    return DDIM.from_ddpm(model).p_sample_loop(labels, steps, **settings)
+
+
+def _ddim_levels(model, steps, spacing="uniform", eta=0.0):
+    return model.sigmas[ddim_timesteps(model.timesteps, steps, spacing)].tolist()
+
+
 SAMPLERS = {
-    "ddpm": Sampler(lambda model, labels, steps, **settings: model.p_sample_loop(labels, **settings),
-                    lambda model, steps: model.sigmas.tolist()),
-    "ddim": Sampler(lambda model, labels, steps, **settings: DDIM.from_ddpm(model).p_sample_loop(labels, steps, **settings),
-                    lambda model, steps, spacing="uniform", **_:
-                        model.sigmas[ddim_timesteps(model.timesteps, steps, spacing)].tolist(), 50, ("eta", "spacing")),
+    "ddpm": Sampler(_draw_ddpm, _ddpm_levels),
+    "ddim": Sampler(_draw_ddim, _ddim_levels, 50, ("eta", "spacing")),
     "heun": _solver("heun", 18, ("S_churn",)),
     "euler": _solver("euler", 50),
     "euler_ancestral": _solver("euler_ancestral", 50, ("eta",)),
@@ -76,7 +96,7 @@ def sampling_settings(model, config, **given):
     settings = dict(config["sample_cfg"])
     name = settings["sampler"] = settings["sampler"] or DEFAULT_SAMPLER[config["model_name"]]
     if given.get("sampler") not in (None, name):  # the config's steps and options were meant for its own sampler
-        settings = {k: v if k in COMMON_SETTINGS[1:] else None for k, v in settings.items()}
+        settings = {k: v if k in GUIDANCE else None for k, v in settings.items()}
     settings |= {k: v for k, v in given.items() if v is not None}
     name, available = settings["sampler"], samplers_of(model)
     if name not in available:
@@ -84,7 +104,9 @@ def sampling_settings(model, config, **given):
     sampler = SAMPLERS[name]
 
     if settings["steps"] is None:
-        settings["steps"] = min(sampler.steps or model.timesteps, model.timesteps if name == "ddim" else math.inf)
+        settings["steps"] = sampler.steps or model.timesteps
+        if name == "ddim":
+            settings["steps"] = min(settings["steps"], model.timesteps)
     if settings["clip"] is None and isinstance(model, DDPM) and not model.use_vae and name != "ddpm":
         settings["clip"] = True  # Algorithm 2 has no clipping
     settings = {k: v for k, v in settings.items() if v is not None}
@@ -193,7 +215,7 @@ def check_autoencoder(model, state, config, path):
 def load_weights(model, state_dict, path):
     """Load strictly; a checkpoint of another architecture is a UsageError that names what differs."""
     own = model.state_dict()
-    state_dict = {k: v for k, v in state_dict.items() if k != "loss_weight"}  # all ones, in earlier versions
+    state_dict = {k: v for k, v in state_dict.items() if k != "loss_weight"}  # unused, in old checkpoints
     differ = [k for k in own if k not in state_dict or own[k].shape != state_dict[k].shape]
     differ += [k for k in state_dict if k not in own]
     if differ:

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from ..common.checkpoint import checkpoint_name, remove_old_checkpoints, save_checkpoint
 from ..common.errors import UsageError, display_path
 from ..config import portable
-from ..models import network_calls, sample_grid, sampling_settings
+from ..models import GRID_SAMPLER, network_calls, sample_grid, sampling_settings
 from .device import eager, peak_memory
 from .update import AverageMeter, TenthsMeter
 
-CHEAP_GRID = 100  # network calls an image: so many are drawn twice, from averaged and raw weights
+CHEAP_GRID = 100  # a grid of at most this many network calls an image is drawn from the raw weights too
 
 
 class Stopped(Exception):
@@ -30,7 +30,7 @@ class RunFolder:
 
     def __init__(self, path, config, trainer, batch_size, args, active=True):
         self.path, self.config, self.trainer, self.args, self.active = path, config, trainer, args, active
-        self.last_checkpoint, self.first_step, self.grids = None, trainer.step, 0
+        self.last_checkpoint, self.first_step, self.grid_steps = None, trainer.step, 0
         self.bar = tqdm(total=trainer.total_steps, initial=trainer.step, unit_scale=batch_size, unit="img",
                         disable=None if active else True)
         if not active:
@@ -80,14 +80,14 @@ class RunFolder:
         return self.last_checkpoint
 
     def sample(self, signals):
-        """Grids: of the averaged weights into the folder, of both onto the board. A DDPM's are drawn by Algorithm 2.
+        """Grids: of the averaged weights, and where that is cheap of the raw ones. A DDPM's are drawn by Algorithm 2.
 
         Left out, with the exception Stopped, when a signal arrives between two steps of the sampler.
         """
         if not self.active:
             return
         trainer, config = self.trainer, self.config
-        sampler = config["sample_cfg"]["sampler"] or {"DDPM": "ddpm"}.get(config["model_name"])
+        sampler = config["sample_cfg"]["sampler"] or GRID_SAMPLER.get(config["model_name"])
         settings = sampling_settings(trainer.model, config, sampler=sampler)
         name = f"sample-{trainer.epoch - 1}.png"
         watch = _GridWatch(self, signals)
@@ -115,13 +115,13 @@ class _GridWatch:
     def __call__(self, step, steps, x):
         if self.signals.received:
             raise Stopped
-        self.folder.grids += 1
-        if self.folder.grids == 1:  # the first step is slower
+        self.folder.grid_steps += 1
+        if self.folder.grid_steps == 1:  # the first step is slower
             self.started = time.time()
-        elif self.folder.grids == 4 and steps > CHEAP_GRID:
+        elif self.folder.grid_steps == 4 and steps > CHEAP_GRID:
             seconds = (time.time() - self.started) / 3 * steps
-            self.folder.print(f"drawing a sample grid: {steps} network calls, about {seconds / 60:.1f} minutes; "
-                              "--set sample_cfg.sampler=ddim needs 50")
+            faster = "; --set sample_cfg.sampler=ddim needs 50" if self.folder.config["model_name"] == "DDPM" else ""
+            self.folder.print(f"drawing a sample grid: {steps} steps, about {seconds / 60:.1f} minutes{faster}")
 
 
 class TrainingLog:

@@ -1,4 +1,4 @@
-"""One update of the weights after another: averages, the learning rate, gradients to weights."""
+"""What an update consists of: gradients, the learning rate, averaged weights, meters, signals."""
 
 import copy
 import math
@@ -96,10 +96,10 @@ class Trainer:
     """A model in training: its average, its optimizer, and how far it has come.
 
     `backward` adds the gradients of a loss, `update` applies them: clipped, and left out where they are not finite.
-    With AdamW nothing here waits for the GPU but `check`. GradScaler's scale, 1 but for fp16, keeps the small gradients
-    of half precision from becoming zero.
+    GradScaler's scale keeps the small gradients of fp16 from becoming zero; in other precisions it is 1, and the scaler
+    only leaves out updates that are not finite, without waiting for the GPU.
 
-    Attributes: `epoch`, `batch`, `step`: finished epochs, batches of the next one, and updates.
+    Attributes: `epoch`, `batch`, `step`: all count what is finished; `batch` within the current epoch.
     """
 
     LIMIT = 20  # updates left out in a row, after which training stops
@@ -129,7 +129,7 @@ class Trainer:
             group["lr"] = learning_rate(self.step, self.cfg, self.total_steps)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg["clip_grad_norm"] or math.inf)
-        if self.scaler.is_enabled() or norm.isfinite():
+        if self.scaler.is_enabled() or norm.isfinite():  # the scaler looks itself
             self.scaler.step(self.optimizer)
         self.scaler.update(None if self.fp16 else 1.0)
         self.optimizer.zero_grad()
