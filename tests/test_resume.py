@@ -204,7 +204,7 @@ def test_grids_of_a_ddpm_are_algorithm_2(project, tmp_path, monkeypatch, capsys)
     assert calls == [2, 2]  # averaged and raw weights
     calls.clear()
     train.main([*plain, "--output", "long", "--set", "model.timesteps=101"])
-    assert calls == [2] and "drawing a sample grid: 101 network calls" in capsys.readouterr().out
+    assert calls == [2] and "drawing a sample grid: 101 steps" in capsys.readouterr().out
 
     class Stop(train.Signals):
         received = property(lambda self: signal.SIGTERM if calls else None, lambda self, value: None)

@@ -87,7 +87,9 @@ class RunFolder:
         if not self.active:
             return
         trainer, config = self.trainer, self.config
-        sampler = config["sample_cfg"]["sampler"] or GRID_SAMPLER.get(config["model_name"])
+        sampler = config["sample_cfg"]["sampler"]
+        if sampler is None and config["sample_cfg"]["steps"] is None:  # a number of steps is meant for a faster sampler
+            sampler = GRID_SAMPLER.get(config["model_name"])
         settings = sampling_settings(trainer.model, config, sampler=sampler)
         name = f"sample-{trainer.epoch - 1}.png"
         watch = _GridWatch(self, signals)
