@@ -60,12 +60,11 @@ def test_latent_diffusion_of_faces(tmp_path, monkeypatch, capsys):
     assert a.shape == (3, 3, 32, 32) and (a - b).abs().float().mean() < 2
 
 
-@pytest.mark.parametrize("cwd, script, config", [(CODE, "./train.py", "./configs/mnist.yaml"),
-                                                 (ROOT, "code/train.py", "configs/mnist.yaml")])
-def test_dry_run_writes_nothing(tmp_path, cwd, script, config):
-    """As a user types it, in a process of its own."""
-    done = subprocess.run([sys.executable, script, config, "--dry-run", "--set", f"output_folder={tmp_path}/logs"],
-                          cwd=cwd, capture_output=True, text=True, timeout=300)
+def test_dry_run_writes_nothing(tmp_path):
+    """In the handout's form, in a process of its own; test_readme.py has the form from the root."""
+    done = subprocess.run([sys.executable, "./train.py", "./configs/mnist.yaml", "--dry-run",
+                           "--set", f"output_folder={tmp_path}/logs"],
+                          cwd=CODE, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "6,595,649 parameters" in done.stdout and "28,110 in all" in done.stdout
     assert os.listdir(tmp_path) == []
@@ -74,7 +73,7 @@ def test_dry_run_writes_nothing(tmp_path, cwd, script, config):
 def test_label_accuracy_of_the_shipped_model():
     model, config = libs.load_model(MODEL)
     labels = torch.arange(100) % 10
-    images = torch.cat(list(libs.draw_images(model, labels, libs.sampling_settings(model, config))))
+    images = torch.cat(list(libs.draw_images(model, labels, libs.sampling_settings(model, config, steps=8))))
     # at least 99 % of 10,000 are right; of 100, fewer than 95 would be a chance of one in a thousand
     assert (load_classifier()(images).argmax(1) == labels).sum() >= 95
 
@@ -89,13 +88,14 @@ def digits(real_data, tmp_path_factory):
 
 
 def test_real_mnist(digits, tmp_path, capsys):
-    """mnist.yaml on real digits, shortened: half the test split, a narrow network, one epoch."""
-    settings = [f"output_folder={tmp_path}", f"dataset.data_folder={digits}", "dataset.split=test", "dataset.limit=5120", "model.dim=16",
+    """mnist.yaml on real digits, shortened: a quarter of the test split, a narrow network, one epoch."""
+    settings = [f"output_folder={tmp_path}", f"dataset.data_folder={digits}", "dataset.split=test",
+                "dataset.limit=2560", "model.dim=16",
                 "train_cfg.epochs=1", "train_cfg.lr=2e-3", "model.attn_levels=[1]", "train_cfg.num_eval_samples=1",
                 "sample_cfg.sampler=ddim", "sample_cfg.steps=4", "devices=[cpu]"]
     train.main(["configs/mnist.yaml", "-p", "10", "--output", "m", *(x for s in settings for x in ("--set", s))])
     losses = [float(x) for x in re.findall(r"  loss ([\d.]+)", capsys.readouterr().out)]
-    assert len(losses) == 8 and losses[-1] < 0.3 * losses[0]  # noise is predictable once something is learnt
+    assert len(losses) == 4 and losses[-1] < 0.5 * losses[0]  # noise is predictable once something is learnt
 
 
 def test_the_report_of_the_shipped_model(digits, tmp_path, monkeypatch):
@@ -104,9 +104,9 @@ def test_the_report_of_the_shipped_model(digits, tmp_path, monkeypatch):
     state = libs.load_checkpoint(MODEL)
     state["config"]["dataset"]["limit"] = 4000
     libs.save_checkpoint(state, False, str(tmp_path), "limited.pth.tar")
-    evaluate.main([str(tmp_path / "limited.pth.tar"), "--num", "200", "--data-folder", digits, "--no-memorization",
-                   "--output", str(tmp_path / "a.json")])
+    evaluate.main([str(tmp_path / "limited.pth.tar"), "--num", "100", "--steps", "8", "--data-folder", digits,
+                   "--no-memorization", "--output", str(tmp_path / "a.json")])
     figures = json.loads((tmp_path / "a.json").read_text())
-    for name in ("generated", "floor"):  # of 200 images, too few to tell which is the better
+    for name in ("generated", "floor"):  # of 100 images, too few to tell which is the better
         assert 0 < figures[name]["fd_train"] < 0.05 * figures["ceiling"]["fd_train"]
     assert figures["generated"]["label_accuracy"] > 0.95
