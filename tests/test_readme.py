@@ -109,7 +109,7 @@ def test_the_two_lines_that_start_from_nothing():
     lines = README.splitlines()
     setup = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
     train = f"{setup} && .venv/bin/python code/train.py configs/mnist_cpu.yaml -c 1"
-    test = f"{setup} -r requirements-extra.txt && .venv/bin/python -m pytest -n 2"
+    test = f"{setup} -r requirements-extra.txt && .venv/bin/python -m pytest -n 2 --dist worksteal"
     assert lines.count(train) == lines.count(test) == 1
     assert next(line for line in lines if "-m pytest" in line) == test
     for line in (train, test):

@@ -88,14 +88,14 @@ def digits(real_data, tmp_path_factory):
 
 
 def test_real_mnist(digits, tmp_path, capsys):
-    """mnist.yaml on real digits, shortened: a quarter of the test split, a narrow network, one epoch."""
+    """mnist.yaml on real digits, shortened: a few of the test digits, a narrow network, one epoch."""
     settings = [f"output_folder={tmp_path}", f"dataset.data_folder={digits}", "dataset.split=test",
-                "dataset.limit=2560", "model.dim=16",
+                "dataset.limit=1280", "model.dim=16",
                 "train_cfg.epochs=1", "train_cfg.lr=2e-3", "model.attn_levels=[1]", "train_cfg.num_eval_samples=1",
                 "sample_cfg.sampler=ddim", "sample_cfg.steps=4", "devices=[cpu]"]
     train.main(["configs/mnist.yaml", "-p", "10", "--output", "m", *(x for s in settings for x in ("--set", s))])
     losses = [float(x) for x in re.findall(r"  loss ([\d.]+)", capsys.readouterr().out)]
-    assert len(losses) == 4 and losses[-1] < 0.5 * losses[0]  # noise is predictable once something is learnt
+    assert len(losses) == 2 and losses[-1] < 0.6 * losses[0]  # noise is predictable once something is learnt
 
 
 def test_the_report_of_the_shipped_model(digits, tmp_path, monkeypatch):
