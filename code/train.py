@@ -97,12 +97,12 @@ def main(argv=None):
         facts["autoencoder"] = model.vae.hashes()
 
     # ---- 6. Training
-    network = world.wrap(model, device)
+    compute_loss = world.wrap(model, device)
     model.train()
     stop = 0
     while not stop:
         if trainer.epoch < cfg["epochs"]:
-            train_one_epoch(network, trainer, loader, log, n, config["seed"], precision,
+            train_one_epoch(compute_loss, trainer, loader, log, n, config["seed"], precision,
                             stopped=lambda: world.agree(signals.received or 0))
         stop, is_final = world.agree(signals.received or 0), trainer.epoch == cfg["epochs"]
         with log.paused():
@@ -125,10 +125,10 @@ def main(argv=None):
               f"peak memory {peak_memory(device) / 2 ** 30:.2f} GiB")
 
 
-def train_one_epoch(network, trainer, loader, log, n, seed, precision, stopped):
+def train_one_epoch(compute_loss, trainer, loader, log, n, seed, precision, stopped):
     """Algorithm 1 of Ho et al. over the rest of the current epoch, all of it unless resumed; `stopped()` ends it early.
 
-    network: the model, or what averages its gradients over several processes. n: images that go through it at once.
+    compute_loss: the model's own, in ddpm.py for a DDPM. n: images that go through the network at once.
     """
     model, device = trainer.model, trainer.device
     for images, labels in loader.epoch(trainer.epoch, trainer.batch):
@@ -144,8 +144,7 @@ def train_one_epoch(network, trainer, loader, log, n, seed, precision, stopped):
         parts = zip(*(whole.split(n) for whole in (images, labels, t, noise, drop)))
         for x_start, label, time, eps, hidden in parts:
             with autocast(device, precision):
-                # DDPM.compute_loss; called as a module, so that several processes can average their gradients
-                loss, each = network(x_start, label, time, eps, hidden, loader.dataset.encoded, return_each=True)
+                loss, each = compute_loss(x_start, label, time, eps, hidden, loader.dataset.encoded, return_each=True)
             trainer.backward(loss, share=len(each) / len(labels))
             losses.append(each.detach())
         norm, finite = trainer.update()

@@ -15,7 +15,7 @@ import torch
 
 import train
 from helpers import one_line, spawn, tree
-from libs import UsageError
+from libs import EDM, UsageError
 from libs.common.cli import run
 from libs.config import CODE
 from libs.training import update
@@ -146,8 +146,8 @@ def test_a_batch_that_cannot_be_shared(monkeypatch):
 
 
 def test_one_process_is_the_plain_case():
-    world, model = World(), torch.nn.Linear(2, 2)
-    assert world.share(7) == slice(0, 7) and world.wrap(model, torch.device("cpu")) is model
+    world, model = World(), EDM((1, 8, 8), 4, 8, 8, 2, (1,), ())
+    assert world.share(7) == slice(0, 7) and world.wrap(model, torch.device("cpu")) == model.compute_loss
     assert world.total(3, 4) == (3, 4) and world.agree(5) == 5 and world.device_name(["cuda:1"]) == "cuda:1"
 
 

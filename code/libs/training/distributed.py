@@ -71,9 +71,9 @@ class World:
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
     def wrap(self, model, device):
-        """`model` with gradients that are averaged over the processes."""
+        """`model.compute_loss`, such that gradients are averaged over the processes."""
         if self.size == 1:
-            return model
+            return model.compute_loss
         return torch.nn.parallel.DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
             find_unused_parameters=True)  # see TransformerBlock: one context token needs no query
