@@ -321,8 +321,8 @@ def add_sampler_flags(parser):
     types = {"steps": {"type": positive}, "guidance_interval": {"type": interval, "metavar": "LO,HI"},
              "clip": {"action": argparse.BooleanOptionalAction}, "sampler": {"metavar": "NAME"}}
     types |= {key: {"type": float, "metavar": "X"} for key in ("guidance_scale", "eta", "S_churn")}
-    for key, text in SAMPLER_FLAGS.items():
-        group.add_argument("--" + key.replace("_", "-"), default=None, help=text, **types.get(key, {}))
+    for key, description in SAMPLER_FLAGS.items():
+        group.add_argument("--" + key.replace("_", "-"), default=None, help=description, **types.get(key, {}))
 
 
 def sampler_flags(args):
