@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import sys
-import time
 from functools import partial
 
 import pytest
