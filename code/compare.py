@@ -58,7 +58,7 @@ def parse_args(argv=None):
         command.add_argument("--output", default=f"{name}.json", metavar="FILE.json",
                              help=f"results; the tables go into FILE.md (default {name}.json)")
         command.add_argument("--batch-size", type=positive, default=200, help="images drawn at once (default 200)")
-        command.add_argument("--device", default="cuda:0", help="default cuda:0; the CPU where there is none")
+        command.add_argument("--device", default=None, help="cuda:0, mps or cpu (default: the best there is)")
     return parser.parse_args(argv)
 
 

@@ -29,7 +29,8 @@ from libs.training.device import memory_format, pick_device
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("source", help="a checkpoint of train.py or a run folder; or images: a folder or an .npz file")
-    parser.add_argument("--config", default=None, help="for images: the YAML file of the data set to compare with")
+    parser.add_argument("--config", default=None, help="YAML file, for a source without one: images, or a checkpoint that holds no "
+                        "configuration")
     parser.add_argument("--num", type=positive, default=10000,
                         help="images to draw, or at most to read (default 10000)")
     parser.add_argument("--features", choices=list(EXTRACTORS), default=None,
@@ -37,7 +38,7 @@ def parse_args(argv=None):
     add_sampler_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the noise that images are drawn from (default 0)")
     parser.add_argument("--batch-size", type=positive, default=200, help="images drawn at a time (default 200)")
-    parser.add_argument("--device", default="cuda:0", help="cuda:0, mps or cpu; the CPU where there is no such device")
+    parser.add_argument("--device", default=None, help="cuda:0, mps or cpu (default: the best there is)")
     parser.add_argument("--data-folder", default=None, help="the real images, if they are not where the config says")
     parser.add_argument("--no-memorization", action="store_true", help="do not look for copies of training images")
     parser.add_argument("--output", default=None, metavar="FILE.json", help="the figures; a picture goes beside them "
@@ -57,11 +58,9 @@ def main(argv=None):
         config = config_of_images(args)
         name = os.path.splitext(os.path.basename(os.path.abspath(source)))[0]
     else:
-        if args.config:
-            raise UsageError(f"--config: {args.config} is for images; a checkpoint has its own")
         checkpoint = model_file(source)
-        state = load_checkpoint(checkpoint)
-        model, config = model_from(state, checkpoint)
+        state = load_checkpoint(checkpoint, libs.load_config(args.config) if args.config else None)
+        model, config = model_from(state, checkpoint, ema="state_dict_ema" in state)
         settings = sampling_settings(model, config, **sampler_flags(args))
         name, folder = os.path.basename(checkpoint).split(".")[0], os.path.dirname(os.path.abspath(checkpoint))
         run_folder = folder if is_run(folder) else None
@@ -89,7 +88,7 @@ def main(argv=None):
         model_labels = match_classes(labels, real, state.get("classes", real.train.classes))
         model.to(device, memory_format=memory_format(device))
         images = ImageSet(draw(model, settings, args, model_labels, device), labels, real.train.classes)
-        figures |= {"step": state["step"], **settings, "network_calls": network_calls(model, settings),
+        figures |= {"step": state.get("step", 0), **settings, "network_calls": network_calls(model, settings),
                     "seed": args.seed}
     else:
         images = read_images(source, real.train.shape[1], real.train.classes)
@@ -109,7 +108,7 @@ def main(argv=None):
     if run_folder:
         with SummaryWriter(os.path.join(run_folder, "logs")) as board:
             for tag, value in scalars(report).items():
-                board.add_scalar(f"evaluation/{tag}", value, state["step"])
+                board.add_scalar(f"evaluation/{tag}", value, state.get("step", 0))
 
 
 def is_run(folder):

@@ -17,10 +17,9 @@ from tqdm import tqdm
 from libs.common.checkpoint import load_checkpoint, model_file
 from libs.common.cli import Parser, check_output, positive, run
 from libs.common.errors import UsageError, display_path
-from libs.config import add_sampler_flags, sampler_flags
+from libs.config import add_sampler_flags, load_config, sampler_flags
 from libs.common.pictures import folder_names, grid, sheet, write_folder, write_gif, write_png
 from libs.common.seeds import image_noise
-from libs.config import load_config
 from libs.data.images import to_uint8, write_npz
 from libs.models import draw_images, model_from, network_calls, sampling_settings
 from libs.training.device import memory_format, pick_device
@@ -132,7 +131,7 @@ def main(argv=None):
     # ---- 1. What is drawn, checked before the work
     args = parse_args(argv)
     path = model_file(args.checkpoint)
-    state = load_checkpoint(path, args.config and load_config(args.config))
+    state = load_checkpoint(path, load_config(args.config) if args.config else None)
     model, config = model_from(state, path, ema="state_dict_ema" in state)
     kind = kind_of_output(args.output, args.overwrite)
     if args.compare and kind != "png":

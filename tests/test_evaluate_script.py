@@ -54,6 +54,20 @@ def refused(words, *arguments):
     one_line(error)
 
 
+def test_a_checkpoint_without_configuration(place, run_folder, tmp_path):
+    """Such as the course's script writes them: with --config, which a checkpoint of ours refuses."""
+    state = torch.load(run_folder / "epoch_000.pth.tar", weights_only=True)
+    torch.save({"state_dict": state["state_dict"]}, tmp_path / "bare.pth.tar")
+    settings = yaml.safe_load(place.config.read_text())
+    settings["model"]["num_classes"] = 2
+    (tmp_path / "course.yaml").write_text(yaml.safe_dump(settings))
+    measure(tmp_path / "bare.pth.tar", "--config", tmp_path / "course.yaml", "--num", 12, "--no-memorization", "--output",
+            tmp_path / "bare.json")
+    assert json.loads((tmp_path / "bare.json").read_text())["n"] == 12
+    refused("bare.pth.tar holds no configuration; .*--config", tmp_path / "bare.pth.tar")
+    refused("--config: .*epoch_000.pth.tar has a configuration of its own", run_folder, "--config", place.config)
+
+
 def test_a_run_folder(run_folder, capsys):
     measure(run_folder, "--num", 204)
     out = capsys.readouterr().out

@@ -107,11 +107,11 @@ def load_checkpoint(path, config=None):
         raise UsageError(f"checkpoint {path} is damaged or no checkpoint: {first_line(e)}") from None
     if not isinstance(state, dict) or not {"state_dict", "state_dict_ema"} & state.keys():
         raise UsageError(f"checkpoint {path} is none of train.py's")
-    if "config" not in state:
-        if config is None:
-            raise UsageError(f"checkpoint {path} holds no configuration; sample.py takes one by --config FILE.yaml")
-        state["config"] = config
-    return state
+    if config is not None and "config" in state:
+        raise UsageError(f"--config: checkpoint {path} has a configuration of its own")
+    if config is None and "config" not in state:
+        raise UsageError(f"checkpoint {path} holds no configuration; give it one by --config FILE.yaml")
+    return {"config": config, **state}
 
 
 def find_run(path):
