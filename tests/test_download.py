@@ -295,6 +295,8 @@ def stop_when(project, server, there, **more):
     process = subprocess.Popen(
         [SH, str(project / "download_dataset.sh"), "afhq"], env=environment(project, server, CLIENTS[0], **more),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # a suite started in the background ignores SIGINT, and a shell cannot take back what it inherits
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 10
     while not there() and process.poll() is None and time.monotonic() < deadline:
