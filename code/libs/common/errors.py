@@ -1,7 +1,10 @@
 """Errors for people: one line each."""
 
 import os
+from reprlib import Repr
 
+_repr = Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 80
 
 
 class UsageError(ValueError):
@@ -26,3 +29,11 @@ def display_path(path):
 def first_line(error, length=120):
     """The first line of an exception's message, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:length]
+
+
+def shown(value):
+    """repr, cut short: a value from a file may be of any size and depth."""
+    try:
+        return _repr.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return type(value).__name__
