@@ -18,7 +18,7 @@ from libs.data.latents import cached_latents
 from libs.evaluation.report import RealImages, evaluate_model
 from libs.models import check_autoencoder
 from libs.training.device import autocast, memory_format, peak_memory, pick_device, pick_precision, prepare_network
-from libs.training.distributed import World
+from libs.training.distributed import World, averaged
 from libs.training.resume import check_data, find_place, restore
 from libs.training.run_folder import RunFolder, Stopped, TrainingLog, describe, resume_command
 from libs.training.update import Signals, Trainer, measure_data
@@ -114,6 +114,7 @@ def main(argv=None):
                     out.sample(signals)
             if real and trainer.epoch % config["eval"]["every"] == 0 and not signals.received:
                 log_metrics(out, evaluate_model(trainer.ema.module, config, real, device))
+            world.meet()
         if is_final:
             break
     out.close()
@@ -140,12 +141,14 @@ def train_one_epoch(compute_loss, trainer, loader, log, n, seed, precision, stop
         t, noise, drop = (x[loader.part] for x in draw(model, seed, trainer.step, loader.batch_size, device))
 
         # line 5: a gradient step on the mean loss of the batch, computed in one piece or in `accumulate` of them
-        losses = []
-        parts = zip(*(whole.split(n) for whole in (images, labels, t, noise, drop)))
-        for x_start, label, time, eps, hidden in parts:
-            with autocast(device, precision):
-                loss, each = compute_loss(x_start, label, time, eps, hidden, loader.dataset.encoded, return_each=True)
-            trainer.backward(loss, share=len(each) / len(labels))
+        seed_everything(seed, "dropout", trainer.step, loader.part.start)
+        losses, parts = [], list(zip(*(whole.split(n) for whole in (images, labels, t, noise, drop))))
+        for k, (x_start, label, time, eps, hidden) in enumerate(parts, 1):
+            with averaged(compute_loss, last=k == len(parts)):
+                with autocast(device, precision):
+                    loss, each = compute_loss(x_start, label, time, eps, hidden, loader.dataset.encoded,
+                                              return_each=True)
+                trainer.backward(loss, share=len(each) / len(labels))
             losses.append(each.detach())
         norm, finite = trainer.update()
 
@@ -158,7 +161,7 @@ def draw(model, seed, step, batch_size, device):
     """Times, noise and hidden labels of the images of update `step`: a function of (seed, step), so that a resumed run
     draws what the uninterrupted one would have drawn."""
     generator = seeded_generator(seed, "noise", step, device=device)
-    t = torch.randint(model.timesteps, (batch_size,), generator=generator, device=device)
+    t = model.draw_times(batch_size, generator, device)
     noise = torch.randn(batch_size, *model.img_shape, generator=generator, device=device)
     drop = torch.rand(batch_size, generator=generator, device=device) < model.label_dropout
     return t, noise, drop

@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from multiprocessing import forkserver
 from typing import NamedTuple
 from unittest import mock
@@ -81,6 +82,7 @@ def _run(path, arguments, cwd, seconds, environment, folder):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process ignores it from its start
     signal.alarm(seconds)
+    warnings.filterwarnings("ignore", "model.timesteps")  # small models have few
     try:
         runpy.run_path(path, run_name="__main__")
     finally:

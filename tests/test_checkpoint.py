@@ -15,7 +15,6 @@ from libs import RunError, UsageError, find_checkpoint, load_checkpoint, save_ch
 from libs.common import checkpoint
 from libs.common.checkpoint import (FINAL, checkpoint_name, find_run, list_checkpoints, model_file,
                                     remove_old_checkpoints, set_aside_later)
-from libs.common.seeds import rng_state
 from libs.config import complete_config, set_values
 from libs.training.resume import check_resumable
 
@@ -24,7 +23,7 @@ def state(epoch=1, **more):
     """What train.py saves, small."""
     return {"epoch": epoch, "batch": 0, "step": 10 * epoch, "config": {"seed": 0},
             "state_dict": {"w": torch.full((1000,), float(epoch))}, "state_dict_ema": {"w": torch.zeros(1000)},
-            "optimizer": {"lr": 0.1}, "scaler": {}, "rng": rng_state(), **more}
+            "optimizer": {"lr": 0.1}, "scaler": {}, **more}
 
 
 # ---- writing
@@ -36,7 +35,7 @@ def test_save_and_load(tmp_path):
     loaded = load_checkpoint(str(folder / "epoch_002.pth.tar"))
     assert loaded.keys() == state().keys() and torch.equal(loaded["state_dict"]["w"], torch.full((1000,), 3.0))
     # the final one holds what drawing needs, not what training needs
-    assert load_checkpoint(str(folder / FINAL)).keys() == state().keys() - {"optimizer", "scaler", "rng"}
+    assert load_checkpoint(str(folder / FINAL)).keys() == state().keys() - {"optimizer", "scaler"}
     with pytest.raises(UsageError, match="no optimizer state"):
         find_checkpoint(str(folder / FINAL))
 
@@ -178,7 +177,7 @@ def test_a_damaged_one_is_named_and_skipped(run_folder, capsys):
 
 def test_no_damage_goes_unseen(tmp_path):
     """One changed byte, anywhere in the file: refused as damaged, or the very same content."""
-    path, small = tmp_path / "epoch_000.pth.tar", {k: v for k, v in state().items() if k != "rng"}
+    path, small = tmp_path / "epoch_000.pth.tar", state()
     save_checkpoint(small, False, str(tmp_path), path.name)
     data, rng, positions, refused = path.read_bytes(), random.Random(0), 0, 0
     for k in range(0, len(data), 23):

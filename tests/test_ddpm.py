@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import SMALL, Recorder, reference
+from helpers import SMALL, Recorder, one_line, reference
 from libs import DDPM, UsageError
 from libs.ddpm import SCHEDULES
 
@@ -74,6 +74,35 @@ def test_q_sample_mean_and_variance_at_every_t():
 
 
 # ---- eps, v and x0
+
+# ---- the end of the schedule, from both sides
+
+@pytest.mark.parametrize("options, words", [
+    ({"timesteps": 100}, ("with 100", "sqrt(abar) = 0.6", "take more")),
+    ({"timesteps": 300, "beta_schedule": "quadratic"}, ("with 300", "take more")),
+    ({"timesteps": 2000}, ("with 2000", "= 4e-05", "take fewer, or model.prediction v")),
+    ({"timesteps": 1000, "beta_schedule": "cosine"}, ("= 4.9e-05", "times 20,", "model.prediction v"))])
+def test_a_schedule_that_ends_too_early_or_too_late_warns(options, words):
+    with pytest.warns(UserWarning, match="model.timesteps") as caught:
+        DDPM(**SMALL | options)
+    message = str(caught[0].message)
+    assert len(caught) == 1 and all(word in message for word in words) and "\n" not in message
+
+
+def test_a_schedule_that_never_comes_back_is_refused():
+    with pytest.raises(UsageError) as error:
+        DDPM(**SMALL | {"timesteps": 20_000, "prediction": "v"})
+    assert "model.timesteps: with 20000" in one_line(error)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_vae": True, "img_shape": (3, 64, 64)},
+                                     {"beta_schedule": "cosine", "prediction": "v"}])
+def test_the_defaults_end_where_sampling_starts(options, recwarn):
+    small = {key: value for key, value in SMALL.items() if key not in ("timesteps", "img_shape")}
+    model = DDPM(**small | options)
+    assert model.timesteps == 1000 and model.sqrt_alphas_cumprod[-1] < 0.1
+    assert not [w for w in recwarn if "timesteps" in str(w.message)]
+
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_predictions_invert_each_other(schedule):

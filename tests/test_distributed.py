@@ -12,6 +12,8 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import train
 from helpers import one_line, spawn, tree
@@ -88,6 +90,41 @@ def test_with_edm_muon_and_a_batch_in_parts(tmp_path, capsys):
     assert_same_training(tmp_path, (capsys.readouterr().out, ends[0][1] + ends[1][1]))
 
 
+def training_with_dropout(arguments):
+    """train.py, which prints a part of each dropout mask and what it sends to the others."""
+    dropout, reduce = nn.Dropout.forward, []
+
+    def forward(self, x):
+        out = dropout(self, x)
+        if self.training and not torch.is_inference_mode_enabled() and torch.is_grad_enabled():
+            print("mask", (out == 0).flatten()[:40].int().tolist(), flush=True)
+        return out
+
+    def hook(state, bucket):
+        reduce.append(bucket.index())
+        return default_hooks.allreduce_hook(state, bucket)
+
+    nn.Dropout.forward, wrap = forward, World.wrap
+
+    def wrapped(self, model, device):
+        model = wrap(self, model, device)
+        model.register_comm_hook(None, hook)
+        return model
+
+    World.wrap = wrapped
+    train.main(arguments)
+    print("reduced", reduce.count(0), flush=True)
+
+
+def test_each_process_has_its_own_dropout_and_gradients_are_sent_once_an_update(tmp_path):
+    arguments = [write_config(tmp_path), "--output", "two", "--set", "train_cfg.accumulate=2", "--set", "model.dropout=0.5"]
+    first, second = (wait() for wait in spawn_two(training_with_dropout, arguments))
+    assert first[0] == second[0] == 0, (first, second)
+    one, two = ([line for line in out.splitlines() if line.startswith("mask")] for _, out, _ in (first, second))
+    assert len(one) == len(two) > 16 and all(a != b for a, b in zip(one, two)) and len(set(one)) == len(one)
+    assert "reduced 8\n" in first[1] and "reduced 8\n" in second[1]  # 8 updates of 2 parts
+
+
 def killed_training(arguments):
     """train.py, of which the second process is killed after its third update."""
     average, calls = update.ModelEMA.update, []
@@ -110,7 +147,7 @@ def test_a_killed_process_is_an_error_of_the_others(tmp_path):
 
 
 def slow_first_process():
-    """It takes longer than TIMEOUT: to set up, which is allowed, then in training."""
+    """It takes longer than TIMEOUT: to set up and to draw a grid, which is allowed, then in training."""
     World.TIMEOUT = timedelta(seconds=2)
     world = World()
 
@@ -122,6 +159,10 @@ def slow_first_process():
         world.one_after_the_other(done=True)
         print("set up", flush=True)
         if world.first:
+            time.sleep(3)
+        world.meet()
+        print("met", flush=True)
+        if world.first:
             time.sleep(4)
         else:
             world.agree(1)
@@ -129,9 +170,9 @@ def slow_first_process():
     run(main)
 
 
-def test_only_the_set_up_may_take_long():
+def test_only_the_set_up_and_grids_may_take_long():
     first, second = (wait() for wait in spawn_two(slow_first_process))
-    assert first[:2] == (0, "set up\n") and second[:2] == (1, "set up\n"), (first, second)
+    assert first[:2] == (0, "set up\nmet\n") and second[:2] == (1, "set up\nmet\n"), (first, second)
     assert "another process of this run has ended" in second[2]
 
 

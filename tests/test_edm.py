@@ -90,6 +90,47 @@ def test_loss_is_eq_2():
     assert loss.shape == () and loss.item() == pytest.approx(np.mean(expected), rel=1e-4)
 
 
+def test_times_are_a_stratum_and_a_place_in_it():
+    model, plain = small(), small().noise_level(torch.arange(100))
+    t = model.draw_times(20_000, torch.Generator().manual_seed(3))
+    strata = torch.randint(100, (20_000,), generator=torch.Generator().manual_seed(3))
+    assert torch.equal(t.long(), strata) and 0.49 < (t - strata).mean() < 0.51
+    assert torch.equal(plain, model.sigmas) and torch.allclose(model.noise_level(torch.arange(100) + 0.5), plain, rtol=1e-4)
+    # the levels are of the log-normal itself, tails included
+    normal = (model.noise_level(t).log() + 1.2) / 1.2
+    expected = torch.tensor([NormalDist().inv_cdf((k + 0.5) / 20_000) for k in range(20_000)])
+    assert (normal.sort().values - expected).abs()[100:-100].max() < 0.08 and normal.max() > 3.3 and normal.min() < -3.3
+
+
+def test_no_time_is_infinitely_far_out(monkeypatch):
+    model = small(timesteps=1000)
+    for place, stratum in ((0.0, 0), (1 - 2 ** -24, 999)):
+        monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, place))
+        monkeypatch.setattr(torch, "randint", lambda high, shape, **_: torch.full(shape, stratum))
+        t = model.draw_times(4)
+        assert torch.isfinite(model.noise_level(t).log()).all() and t.long().tolist() == [stratum] * 4
+
+
+def test_the_place_is_drawn_with_the_noise():
+    model, x = small(), torch.zeros(64, 1, 8, 8)
+    t, label, seen = torch.full((64,), 70), torch.zeros(64, dtype=torch.long), []
+    model.denoise = lambda x, sigma, label: seen.append(sigma) or x
+    model.compute_loss(x, label, t, torch.randn_like(x))
+    model.compute_loss(x, label, t)
+    assert torch.equal(seen[0], torch.full((64,), level(70)))
+    assert level(69.5) < seen[1].min() < level(69.6) < level(70.4) < seen[1].max() < level(70.5)
+
+
+@pytest.mark.parametrize("options", [{}, {"P_mean": -0.4, "sigma_min": 0.02, "sigma_max": 40, "rho": 5},
+                                     {"P_mean": 3.0, "sigma_max": 80}])
+def test_sampling_stays_where_training_was(options):
+    model = small(**options)
+    low, high, rho = model.sigma_range
+    levels = model.noise_level(model.draw_times(100_000))
+    assert low >= model.sigma_min and high <= model.sigma_max and rho == options.get("rho", 7)
+    assert (levels > high).sum() >= 20 and (levels < low).sum() >= 20  # it has seen more and less than that
+
+
 def test_loss_of_a_latent_model():
     model = small(img_shape=(3, 64, 64), use_vae=True)
     images, t, noise = torch.rand(2, 3, 64, 64), torch.tensor([3, 40]), torch.randn(2, 4, 8, 8)
@@ -115,8 +156,8 @@ def test_sampling_gaussian_data():
     model.denoise = lambda x, sigma, label, scale: (
         (s ** 2 * x + sigma ** 2 * mu[label][:, None, None, None]) / (s ** 2 + sigma ** 2))
     model.postprocess = lambda x: x
-    got = model.p_sample_loop(labels, steps=100, noise=noise)
-    assert torch.allclose(got, m + (80 * noise - m) * s / math.sqrt(s ** 2 + 80 ** 2), atol=2e-3)
+    got, start = model.p_sample_loop(labels, steps=100, noise=noise), model.sigma_range[1]
+    assert torch.allclose(got, m + (start * noise - m) * s / math.sqrt(s ** 2 + start ** 2), atol=4e-3)
 
 
 def test_p_sample_loop():

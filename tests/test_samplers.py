@@ -152,6 +152,13 @@ def test_denoise_of_a_ddpm(prediction):
     assert torch.allclose(alone, got[5:6], atol=1e-6)
 
 
+def test_solvers_start_where_an_image_is_lost_and_not_far_beyond():
+    model = small("DDPM", timesteps=1000, beta_schedule="cosine", prediction="v")
+    assert model.sigmas[-1] > 20_000 and model.sigma_range[1] == 160
+    sigmas = karras_sigmas(20, *model.sigma_range)
+    assert (sigmas > 80).sum() <= 3
+
+
 @pytest.mark.parametrize("T, schedule", [(1000, "linear"), (50, "cosine"), (2, "linear")])
 def test_time_of_a_noise_level(T, schedule):
     model = small("DDPM", timesteps=T, beta_schedule=schedule, prediction="v")

@@ -5,25 +5,20 @@ import torch
 from torch import nn
 
 from libs import AverageMeter, ModelEMA
-from libs.common.seeds import rng_state, seed_everything, seeded_generator, set_rng_state
+from libs.common.seeds import seed_everything, seeded_generator
 from libs.training.update import TenthsMeter, learning_rate
 
 
 # ---- random states
 
-def draws():
-    return torch.randn(3).tolist() + torch.rand(2).tolist()
-
-
-def test_random_sequences_go_on_where_they_were(tmp_path):
-    seed_everything(5)
-    draws()
-    torch.save(rng_state(), tmp_path / "rng")
-    wanted = draws(), draws()
-    seed_everything(6)
-    assert (draws(), draws()) != wanted
-    set_rng_state(torch.load(tmp_path / "rng", weights_only=True))  # tensors and plain values only
-    assert (draws(), draws()) == wanted
+def test_the_global_generator_is_a_function_of_seed_and_purpose():
+    def draw(*key):
+        seed_everything(*key)
+        return torch.randn(3).tolist()
+    assert draw(5) == torch.randn(3, generator=torch.Generator().manual_seed(5)).tolist()
+    assert draw(5, "dropout", 2) == draw(5, "dropout", 2)
+    keys = [(5,), (5, "dropout", 2), (5, "dropout", 3), (5, "dropout", 2, 32), (6, "dropout", 2)]
+    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
 
 
 def test_seeded_generator_is_a_function_of_its_key():
@@ -104,6 +99,8 @@ def test_tenths_meter_takes_every_time(timesteps):
     meter = TenthsMeter(timesteps, "cpu")
     meter.update(torch.ones(timesteps), torch.arange(timesteps))
     assert sum(a == 1 for a in meter.read()) == min(timesteps, 10)
+    meter.update(torch.ones(2), torch.tensor([0.0, timesteps * (1 - 2 ** -23)]))  # an EDM's are between two numbers
+    assert meter.read()[0] == 1
 
 
 # ---- the learning rate

@@ -4,6 +4,8 @@ In pixels, or in an autoencoder's latents (Rombach et al. 2022). Equation number
 abar is their alpha-bar, `alphas_cumprod` here. t = 0 is one step of noise (the paper counts from 1).
 """
 
+import warnings
+
 import torch
 
 from .diffusion import Diffusion
@@ -32,6 +34,7 @@ def cosine_beta_schedule(timesteps, s=0.008):
 
 SCHEDULES = {"linear": linear_beta_schedule, "quadratic": quadratic_beta_schedule, "cosine": cosine_beta_schedule}
 PREDICTIONS = ("eps", "v", "x0")
+SIGMA_MAX = 160.0  # where solvers start at most: Ho et al.'s schedule ends at 157, the cosine at 20,000
 
 
 class DDPM(Diffusion):
@@ -47,7 +50,7 @@ class DDPM(Diffusion):
     linear_beta_schedule = staticmethod(linear_beta_schedule)
     quadratic_beta_schedule = staticmethod(quadratic_beta_schedule)
 
-    def __init__(self, img_shape=(3, 32, 32), timesteps=100, dim=64, context_dim=64, num_classes=10,
+    def __init__(self, img_shape=(3, 32, 32), timesteps=1000, dim=64, context_dim=64, num_classes=10,
                  dim_mults=(1, 2, 4), attn_levels=(0, 1), use_vae=False, vae_encoder_weights=None,
                  vae_decoder_weights=None, beta_schedule=None, prediction="eps", **options):
         super().__init__(img_shape, timesteps, dim, context_dim, num_classes, dim_mults, attn_levels,
@@ -73,6 +76,21 @@ class DDPM(Diffusion):
         }
         for name, table in tables.items():
             self.register_buffer(name, table.float())
+        self._check_end(float(self.sqrt_alphas_cumprod[-1]))
+
+    def _check_end(self, signal):
+        """Raise UsageError, or warn, unless the schedule ends at noise from which an image can be computed.
+
+        signal: sqrt(abar) at the last timestep, the share of the image that is left.
+        """
+        ends = f"model.timesteps: with {self.timesteps}, the noise schedule ends at sqrt(abar) = {signal:.2g}"
+        if signal < 1e-12:  # less than fp32 can tell from nothing
+            raise UsageError(f"{ends}, from where no image can be computed; take fewer")
+        if signal < 1e-4 and self.prediction == "eps":
+            warnings.warn(f"{ends}, where an image computed from eps has its error times {1 / signal:,.0f}; take "
+                          "fewer, or model.prediction v", stacklevel=3)
+        elif signal > 0.1:
+            warnings.warn(f"{ends}, but sampling starts at 0, which training does not see; take more", stacklevel=3)
 
     @staticmethod
     def _extract(table, t, x_shape):
@@ -214,7 +232,7 @@ class DDPM(Diffusion):
     @property
     def sigma_range(self):
         sigmas = self.sigmas
-        return float(sigmas[0]), float(sigmas[-1]), 7.0
+        return float(sigmas[0]), min(float(sigmas[-1]), SIGMA_MAX), 7.0
 
     def scale_noise(self, x, sigma_max):
         """x_T = x, scaled as the solvers have it: by 1 / sqrt(abar)."""

@@ -25,7 +25,7 @@ class Diffusion(nn.Module):
     (`sigma_range`).
     """
 
-    def __init__(self, img_shape=(3, 32, 32), timesteps=100, dim=64, context_dim=64, num_classes=10,
+    def __init__(self, img_shape=(3, 32, 32), timesteps=1000, dim=64, context_dim=64, num_classes=10,
                  dim_mults=(1, 2, 4), attn_levels=(0, 1), use_vae=False, vae_encoder_weights=None,
                  vae_decoder_weights=None, label_dropout=0.0, **unet_options):
         super().__init__()
@@ -78,6 +78,10 @@ class Diffusion(nn.Module):
         return ((x + 1) / 2).clamp(0, 1)
 
     # ---- training
+
+    def draw_times(self, n, generator=None, device=None):
+        """The random times t of n images: n, long."""
+        return torch.randint(self.timesteps, (n,), generator=generator, device=device)
 
     def compute_loss(self, x_start, label, t, noise=None, drop=None, encoded=False, return_each=False):
         """The training loss, a scalar.

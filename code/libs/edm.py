@@ -4,6 +4,8 @@ The same UNet as DDPM's, preconditioned so that its input and its target have un
 level, and weighted so that each counts alike. Equation and table numbers are of arXiv 2206.00364.
 """
 
+import math
+
 import torch
 
 from .diffusion import Diffusion
@@ -16,11 +18,13 @@ class EDM(Diffusion):
         sigma_data: standard deviation of the data; None starts at the paper's 0.5, and `train.py`
             measures it (`set_sigma_data`). A buffer, kept with the weights.
         P_mean, P_std: training draws ln(sigma) from N(P_mean, P_std^2); Table 1.
-        sigma_min, sigma_max, rho: the sampler's noise levels, eq. 5.
+        sigma_min, sigma_max, rho: the sampler's noise levels, eq. 5, as far as training draws them (`sigma_range`).
 
-    Training's noise levels are `timesteps` equally likely quantiles of that log-normal: t = 0 is the
-    lowest, as in DDPM, so that both take the same arguments and the same plots.
+    The log-normal is divided into `timesteps` equally likely strata: t = 0 is the lowest, as in DDPM, so that both take
+    the same arguments and the same plots. Training draws the place inside a stratum too, so every level occurs.
     """
+
+    TAIL = 3.29  # in units of P_std: one of a thousand of training's levels lies beyond, above or below
 
     def __init__(self, img_shape=(3, 32, 32), timesteps=1000, dim=64, context_dim=64, num_classes=10,
                  dim_mults=(1, 2, 4), attn_levels=(0, 1), use_vae=False, vae_encoder_weights=None,
@@ -30,9 +34,10 @@ class EDM(Diffusion):
                          use_vae, vae_encoder_weights, vae_decoder_weights, **options)
         self.measures_sigma_data = sigma_data is None
         self.register_buffer("sigma_data", torch.tensor(0.5 if sigma_data is None else float(sigma_data)))
-        # mid-points of `timesteps` equal slices of probability
+        # the middle of each stratum
         u = (torch.arange(timesteps, dtype=torch.float64) + 0.5) / timesteps
         self.register_buffer("sigmas", torch.exp(P_mean + P_std * torch.special.ndtri(u)).float())
+        self.P_mean, self.P_std = P_mean, P_std
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
 
     def set_sigma_data(self, std):
@@ -60,16 +65,35 @@ class EDM(Diffusion):
 
     # ---- training
 
+    def draw_times(self, n, generator=None, device=None):
+        """n times, float: the number of a stratum plus a place inside it, from 0 to 1."""
+        return self._inside(super().draw_times(n, generator, device), generator)
+
+    def _inside(self, t, generator=None):
+        t = t + torch.rand(t.shape, generator=generator, device=t.device)
+        return t.clamp(self.timesteps * 2 ** -23, self.timesteps * (1 - 2 ** -23))  # 0 and T are infinitely far out
+
+    def noise_level(self, t):
+        """sigma, B, of the times t: of `draw_times`, or long, which stand for the middle of their strata."""
+        if not t.is_floating_point():
+            return self.sigmas.gather(0, t)
+        normal = 2 ** 0.5 * torch.erfinv(2 * t / self.timesteps - 1)  # the normal distribution's quantile
+        return torch.exp(self.P_mean + self.P_std * normal)
+
     def compute_loss(self, x_start, label, t, noise=None, drop=None, encoded=False, return_each=False):
-        """Eq. 2 weighted by lambda(sigma) = 1 / c_out^2. A scalar; see Diffusion.compute_loss for the arguments."""
+        """Eq. 2 weighted by lambda(sigma) = 1 / c_out^2. A scalar; see Diffusion.compute_loss for the arguments.
+
+        Without `noise`, the place inside the strata t is drawn too.
+        """
         if self.use_vae and not encoded:
             x_start = self.encode(x_start)
         if self.label_dropout > 0:
             label = self.hide_labels(label, drop)
         if noise is None:
             noise = torch.randn_like(x_start)
+            t = t if t.is_floating_point() else self._inside(t)
 
-        sigma = self.sigmas.gather(0, t)
+        sigma = self.noise_level(t)
         D_x = self.denoise(x_start + sigma[:, None, None, None] * noise, sigma, label)
         weight = (sigma ** 2 + self.sigma_data ** 2) / (sigma * self.sigma_data) ** 2
         each = weight * (D_x - x_start).pow(2).flatten(1).mean(1)  # B
@@ -79,7 +103,8 @@ class EDM(Diffusion):
 
     @property
     def sigma_range(self):
-        return self.sigma_min, self.sigma_max, self.rho
+        low, high = (math.exp(self.P_mean + self.P_std * z) for z in (-self.TAIL, self.TAIL))
+        return max(self.sigma_min, low), min(self.sigma_max, high), self.rho
 
     def p_sample_loop(self, labels, **options):
         """Draw one image per label by Heun's method, Algorithm 1: B -> B x C x H x W in [0, 1]. Options: of `sample`."""

@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, and read without running code.
 
 Keys: `epoch` (finished epochs), `batch` (finished batches of the next one), `step` (finished updates),
-`state_dict`, `state_dict_ema`, `optimizer`, `scaler`, `rng`, `config`, `classes`, and of a model of latents
-`autoencoder`, the hashes of its halves. Tensors and plain values only.
+`state_dict`, `state_dict_ema`, `optimizer`, `scaler`, `config`, `classes`, and of a model of latents `autoencoder`,
+the hashes of its halves. Tensors and plain values only.
 """
 
 import os
@@ -47,7 +47,7 @@ def save_checkpoint(state, is_final, file_folder, file_name="checkpoint.pth.tar"
     """
     _write(state, os.path.join(file_folder, file_name))
     if is_final:
-        model = {k: v for k, v in state.items() if k not in ("optimizer", "scaler", "rng")}
+        model = {k: v for k, v in state.items() if k not in ("optimizer", "scaler")}
         _write(model, os.path.join(file_folder, FINAL))
 
 

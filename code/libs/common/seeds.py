@@ -20,19 +20,9 @@ def image_noise(seed, numbers, shape):
     return torch.stack([torch.randn(shape, generator=seeded_generator(seed, "image", int(k))) for k in numbers])
 
 
-def seed_everything(seed):
-    """Seed torch's global generators, on every device: initial weights and dropout come from them."""
-    torch.manual_seed(seed)
+def seed_everything(seed, *purpose):
+    """Seed torch's global generators, on every device, from which initial weights and dropout come.
 
-
-def rng_state():
-    """States of torch's global generators, as tensors."""
-    return {"torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def set_rng_state(state):
-    """Put back what `rng_state` returned; on another number of GPUs, only the CPU's."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
+    With `purpose`, numbers and strings, by a function of (seed, *purpose).
+    """
+    torch.manual_seed(seeded_generator(seed, *purpose).initial_seed() if purpose else seed)

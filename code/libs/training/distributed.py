@@ -8,6 +8,7 @@ its noise levels do not depend on how many processes share it.
 
 import math
 import os
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
@@ -20,7 +21,7 @@ class World:
     """This process among those of the run: `rank` of `size`; `first` is the one that speaks and writes."""
 
     TIMEOUT = timedelta(minutes=30)  # after which a process that says nothing is given up
-    SETUP_TIMEOUT = timedelta(hours=24)  # while the first downloads, encodes, or makes features
+    SETUP_TIMEOUT = timedelta(hours=24)  # while the first downloads, encodes, makes features, or draws
 
     def __init__(self):
         self.size = int(os.environ.get("WORLD_SIZE", 1))
@@ -57,6 +58,11 @@ class World:
     def one_after_the_other(self, done=False):
         """Let the first process go on, and the others when it calls this with `done`."""
         if self.size > 1 and self.first == done:
+            dist.barrier(self.setup)
+
+    def meet(self):
+        """Wait for the first process, which may spend long on sample grids and metrics."""
+        if self.size > 1:
             dist.barrier(self.setup)
 
     def share(self, batch_size, images=math.inf):
@@ -99,3 +105,7 @@ class World:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+
+def averaged(compute_loss, last):
+    """The context of one part of a batch: processes average their gradients once, after its last part."""
+    return nullcontext() if last or not hasattr(compute_loss, "no_sync") else compute_loss.no_sync()

@@ -70,17 +70,19 @@ def orthogonalize(matrices):
     """U V^T of the singular value decomposition U S V^T, roughly: B x M x N -> B x M x N, singular values 0.7 to 1.2.
 
     Five steps of a Newton-Schulz iteration, X <- (a + b X X^T + c (X X^T)^2) X with Jordan's coefficients, which give
-    up exactness for speed. All steps are polynomials of the first X X^T, so the work is done at its size.
+    up exactness for speed. A few steps in a row are polynomials of one X X^T, so the work is done at its size; it is
+    formed anew after three, or else the rounding errors of TF32 and bf16 would grow from step to step.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    gram, product = x @ x.mT, None
-    for step in range(5):
-        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
-        product = factor if product is None else factor @ product
-        if step < 4:
-            gram = factor @ gram @ factor
-    x = product @ x
+    for steps in (3, 2):
+        gram, product = x @ x.mT, None
+        for step in range(steps):
+            factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+            factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+            product = factor if product is None else factor @ product
+            if step < steps - 1:
+                gram = factor @ gram @ factor
+        x = product @ x
     return x.mT if tall else x

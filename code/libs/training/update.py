@@ -8,7 +8,6 @@ import signal
 import torch
 
 from ..common.errors import RunError
-from ..common.seeds import rng_state, set_rng_state
 from .optimizers import build_optimizer
 
 
@@ -71,7 +70,7 @@ class TenthsMeter:
         self.count = torch.zeros(10, device=device)
 
     def update(self, losses, t):
-        tenth, finite = t * 10 // self.timesteps, losses.isfinite()
+        tenth, finite = t.long() * 10 // self.timesteps, losses.isfinite()
         self.sum.index_add_(0, tenth, losses.where(finite, 0).float())
         self.count.index_add_(0, tenth, finite.float())
 
@@ -164,7 +163,7 @@ class Trainer:
                   "in_a_row": int(self.in_a_row)}
         return {"epoch": self.epoch, "batch": self.batch, "step": self.step, "state_dict": self.model.state_dict(),
                 "state_dict_ema": self.ema.module.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": scaler, "rng": rng_state()}
+                "scaler": scaler}
 
     def load_state_dict(self, state):
         """Put back a `state_dict`, less the weights. What `train_cfg` says now holds for the optimizer."""
@@ -178,7 +177,6 @@ class Trainer:
         self.in_a_row.fill_(scaler.get("in_a_row", 0))
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.ema.updates = self.step
-        set_rng_state(state["rng"])
 
 
 @torch.no_grad()
