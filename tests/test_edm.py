@@ -128,7 +128,7 @@ def test_sampling_stays_where_training_was(options):
     low, high, rho = model.sigma_range
     levels = model.noise_level(model.draw_times(100_000))
     assert low >= model.sigma_min and high <= model.sigma_max and rho == options.get("rho", 7)
-    assert (levels > high).sum() >= 20 and (levels < low).sum() >= 20  # it has seen more and less than that
+    assert (levels > high).sum() >= 10 and (levels < low).sum() >= 10  # it has seen more and less than that
 
 
 def test_loss_of_a_latent_model():

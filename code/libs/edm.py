@@ -24,7 +24,7 @@ class EDM(Diffusion):
     the same arguments and the same plots. Training draws the place inside a stratum too, so every level occurs.
     """
 
-    TAIL = 3.29  # in units of P_std: one of a thousand of training's levels lies beyond, above or below
+    TAIL = 3.5  # in units of P_std: one of two thousand of training's levels lies beyond, above or below
 
     def __init__(self, img_shape=(3, 32, 32), timesteps=1000, dim=64, context_dim=64, num_classes=10,
                  dim_mults=(1, 2, 4), attn_levels=(0, 1), use_vae=False, vae_encoder_weights=None,
