@@ -116,9 +116,19 @@ def test_kernel_distance_is_torch_fidelitys_on_its_subsets(kid, monkeypatch):
 
 def test_kernel_distance_takes_rows_once_and_can_be_repeated():
     x, y = cloud(1, 120, 16), cloud(2, 120, 16, 0.2)
-    mean, std = kernel_distance(x, y, subset_size=120, subsets=4)  # all rows: their order does not matter
-    assert mean == pytest.approx(float(squared_mmd(x, y)), rel=1e-9) and std < 1e-12
+    mean, _ = kernel_distance(x, y, subset_size=120, subsets=4)  # all rows: their order does not matter
+    assert mean == pytest.approx(float(squared_mmd(x, y)), rel=1e-9)
     assert kernel_distance(x, y, 50, 5) == kernel_distance(x, y, 50, 5) and kernel_distance(x, y, 50, 5)[1] > 0
+
+
+@pytest.mark.parametrize("size, estimates", [(120, 5), (150, 5), (151, 1), (1000, 1)])
+def test_kernel_distance_has_no_spread_where_every_subset_is_the_whole_set(monkeypatch, size, estimates):
+    """Of one set: its rows are the same every time. Of both: the same number every time, so it is computed once."""
+    x, y, made = cloud(1, 151, 16), cloud(2, 120, 16, 0.2), []
+    monkeypatch.setattr(fid, "squared_mmd", lambda *sets: made.append(squared_mmd(*sets)) or made[-1])
+    mean, std = kernel_distance(x, y, size, subsets=5)
+    assert std is None and len(made) == len(set(map(float, made))) == estimates
+    assert mean == pytest.approx(float(sum(made)) / estimates)
 
 
 def test_squared_mmd_by_hand():

@@ -64,18 +64,20 @@ def _root(cov):
 def kernel_distance(x, y, subset_size=1000, subsets=100):
     """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3: Binkowski et al. 2018 ("KID").
 
-    x, y: N x D and M x D features. Each of `subsets` estimates takes `subset_size` rows of either, drawn without
-    replacement from a fixed seed.
+    x, y: N x D and M x D features. Each of `subsets` estimates takes `subset_size` rows of either, or all where there
+    are no more, drawn without replacement from a fixed seed; where it takes all of both, one estimate is enough.
 
     Returns their mean and standard deviation, without a unit. The estimator is unbiased: for two sets of one
-    distribution the mean is 0 and may come out negative. The deviation is of one estimate, not of their mean.
+    distribution the mean is 0 and may come out negative. The deviation is of one estimate, not of their mean; None
+    where every estimate takes all of a set, as their differences would say nothing of that set's part.
     """
     generator = torch.Generator().manual_seed(0)
+    whole = [len(features) <= subset_size for features in (x, y)]
     estimates = torch.stack([
         squared_mmd(*(features[torch.randperm(len(features), generator=generator)[:subset_size]]
                       for features in (x, y)))
-        for _ in range(subsets)])
-    return float(estimates.mean()), float(estimates.std(correction=0))
+        for _ in range(1 if all(whole) else subsets)])
+    return float(estimates.mean()), None if any(whole) else float(estimates.std(correction=0))
 
 
 def squared_mmd(x, y):
