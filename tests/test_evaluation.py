@@ -5,11 +5,13 @@ import os
 import pytest
 import torch
 
-from helpers import Place, one_line, picture
+from helpers import SMALL, Place, one_line, picture
 from libs import UsageError
 from libs import config as settings
 from libs.data.images import ImageSet, to_uint8
 from libs.datasets import build_dataset
+from libs.ddpm import DDPM
+from libs.edm import EDM
 from libs.evaluation import report
 from libs.evaluation.features import Extractor
 from libs.evaluation.fid import fit_gaussian, frechet_distance, precision_recall
@@ -154,6 +156,16 @@ def test_scalars_are_numbers_for_a_curve():
     assert all(isinstance(v, float) for v in numbers.values())
 
 
+def test_a_spread_of_the_kernel_distance_only_where_subsets_differ(monkeypatch):
+    sets = ("generated", "floor", "ceiling")
+    whole = evaluate(REAL.test, REAL, memorization=False)
+    assert not any("kd_std" in whole[key] for key in sets) and "kd_std" not in scalars(whole)
+    monkeypatch.setattr(report, "KD_SUBSET", 50)
+    real = real_images(images(600, 1), images(300, 2))
+    parts = evaluate(real.test, real, memorization=False)
+    assert all(parts[key]["kd_std"] > 1e-3 * abs(parts["ceiling"]["kd"]) for key in sets) and "kd_std" in scalars(parts)
+
+
 def test_what_cannot_be_compared():
     for shape, words in (((5, 3, 8, 8), "images are 3 x 8 x 8, .* 1 x 8 x 8"), ((1, 1, 8, 8), "1 image; .* at least 2")):
         with pytest.raises(UsageError, match=words) as error:
@@ -184,3 +196,25 @@ def test_denoising_error_in_closed_form():
     assert all(torch.equal(a, b) for a, b in zip(best.seen, idle.seen, strict=True))  # the same noise for both
     blind = Shrink(lambda sigma, label: torch.zeros(len(label)))
     assert denoising_error(blind, x, labels, sigmas[:1]) == pytest.approx([float(x.square().mean())])
+
+
+class OnApplesGPU(torch.Tensor):
+    """A tensor that acts as on Apple's GPU: nothing becomes float64 before `.cpu()`."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        out = super().__torch_function__(function, types, args, kwargs)
+        if function is torch.Tensor.cpu:
+            return out.as_subclass(torch.Tensor)
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
+            raise TypeError(f"{function.__name__}: the MPS framework doesn't support float64")
+        return out
+
+
+@pytest.mark.parametrize("kind", [DDPM, EDM])
+def test_denoising_error_where_there_is_no_float64(kind):
+    model, x, labels = kind(**SMALL).eval(), torch.randn(6, 1, 8, 8), torch.arange(6) % 4
+    found = denoising_error(model, x.as_subclass(OnApplesGPU), labels, [0.5, 2.0], batch_size=4)
+    assert found == denoising_error(model, x, labels, [0.5, 2.0], batch_size=4)
+    with pytest.raises(TypeError, match="float64"):
+        x.as_subclass(OnApplesGPU).double()

@@ -123,8 +123,8 @@ def evaluate(generated, real, memorization=True):
 
     Returns:
         dict of plain values: `n` images of each set were compared with each other; `generated`, `floor` (the test
-        images in their place) and `ceiling` (noise) each have `fd_train`, `fd_test`, `kd`, `kd_std`, `precision`,
-        `recall` and, where the extractor can read labels, `label_accuracy`; where more than `n` were generated,
+        images in their place) and `ceiling` (noise) each have `fd_train`, `fd_test`, `kd`, `precision`, `recall`, `kd_std`
+        where `n` is above KD_SUBSET and, where the extractor can read labels, `label_accuracy`; where more than `n` were generated,
         `fd_train_all` and `fd_test_all` are of all images (numbers of them in `n_all`: generated, training, test);
         `memorization` is the report of a MemorizationTest.
 
@@ -191,7 +191,8 @@ def denoising_error(model, x_start, labels, sigmas, seed=0, batch_size=100):
         generator, total = seeded_generator(seed, "denoising", k), 0.0
         for x, label in zip(x_start.split(batch_size), labels.split(batch_size)):
             noise = torch.randn(x.shape, generator=generator).to(x)
-            total += float((model.denoise(x + sigma * noise, sigma, label) - x).double().square().sum())
+            error = model.denoise(x + sigma * noise, sigma, label) - x
+            total += float(error.cpu().double().square().sum())  # in this order: Apple's GPU has no float64
         totals.append(total / x_start.numel())
     return totals
 
@@ -202,8 +203,9 @@ def _distances(features, train, test):
     numbers = {"fd_train": frechet_distance(gaussian, fit_gaussian(train))}
     if test is not None:
         numbers["fd_test"] = frechet_distance(gaussian, fit_gaussian(test))
-    size = min(KD_SUBSET, len(features))
-    numbers["kd"], numbers["kd_std"] = kernel_distance(train, features, size, 50)
+    numbers["kd"], deviation = kernel_distance(train, features, KD_SUBSET, 50)
+    if deviation is not None:
+        numbers["kd_std"] = deviation
     if min(len(features), len(train)) > 3:
         numbers["precision"], numbers["recall"] = precision_recall(train, features)
     return numbers
