@@ -6,6 +6,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets as tv
 
 from .common.errors import RunError, UsageError, first_line
+from .common.memory import available_memory
 from .common.seeds import seeded_generator
 from .config import KNOWN
 from .data.folders import read_files, scan_folder
@@ -52,8 +53,12 @@ class ImageDataset(Dataset):
         return (self.images.shape[1], self.img_size, self.img_size)
 
     def to(self, device):
-        """Move what is held in memory to `device`, so that batches are made there."""
-        if isinstance(self.images, torch.Tensor):
+        """Move images in memory to `device`, so that batches are made there, if they fill at most half of it."""
+        if isinstance(self.images, torch.Tensor) and self.images.device != torch.device(device):
+            if self.images.nbytes > available_memory(device) // 2:
+                print(f"{len(self)} images need {self.images.nbytes / 2 ** 30:.1f} GiB, more than half of what is free "
+                      f"on {device}: they stay in the host's memory")
+                return self
             self.images = self.images.to(device)
             self.labels = self.labels.to(device)
         return self
