@@ -201,6 +201,33 @@ def test_stricter_thresholds_see_copies_among_series():
     assert unsure["scale"] == 1 and unsure["p_value"] == unsure["tries"][-1]["p_value"] < 1
 
 
+def test_the_interval_of_a_scale_that_was_chosen_is_wider():
+    def interval(tried, z):
+        return pytest.approx(copied_share(*(tried[key] for key in ("found_generated", "generated", "found_fresh",
+                                                                   "fresh")), z)[1:], rel=1e-6)
+
+    chosen, fixed = (verdict(hits(x, 1000), hits(1, 400), hits(9, 4500)) for x in (40, 1))
+    assert chosen["detected"] and not fixed["detected"]
+    for found, z in ((chosen, 2.575829), (fixed, 1.959964), *((tried, 2.575829) for tried in fixed["tries"])):
+        assert (found["share_low"], found["share_high"]) == interval(found, z)
+
+
+def test_the_interval_covers_although_its_scale_was_chosen():
+    """Copies and images in series, both spread over the scales: the one where chance adds most copies is chosen."""
+    generator, inside = seeded(1), torch.tensor([2.0, 0.75, 0.375, 0.1875, 0.09, 0.03])  # a score below each scale
+
+    def scores(n, below):  # below: the share of images below each scale
+        bands = -torch.tensor([1.0, *below, 0.0]).diff()
+        return inside[bands.multinomial(n, True, generator=generator)]
+
+    series, copies = (0.4, 0.2, 0.1, 0.05, 0.02), (0.1, 0.08, 0.06, 0.045, 0.03)
+    both, covered = [c + (1 - c) * s for c, s in zip(copies, series)], 0
+    for _ in range(400):
+        found = verdict(scores(1000, both), scores(1000, series), scores(4000, series))
+        covered += found["share_low"] <= copies[SCALES.index(found["scale"])] <= found["share_high"]
+    assert covered >= 0.95 * 400
+
+
 # ---- the whole test on synthetic images
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ verdict rests on that ratio of distances, which has no scale.
 
 import math
 from functools import cached_property
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from .neighbours import nearest
 LEVEL = 1e-3  # significance level: of a thousand generators that copy nothing, less than one is accused
 FALSE_RATE = 1e-4  # share of fresh images that each space may take for copies
 SCALES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)  # parts of the threshold, the stricter ones for data that come in series
+Z = 1.959964  # of a 95 % interval, and below of five that all hold in 95 of 100 cases (Bonferroni)
+Z_OF_ALL = NormalDist().inv_cdf(1 - 0.05 / 2 / len(SCALES))
 NEIGHBOUR = 10  # the ratio is nearest : tenth nearest, so that nine duplicates in the training set do no harm
 REFERENCE = 5000  # training images that are searched among the other training images
 AT_ONCE = 5000  # generated images of which all shifted views are in memory
@@ -65,7 +68,7 @@ class MemorizationTest:
             copies: the verdict (`detected`, and `verdict` for people), the `share` of copies with its 95 % interval
                 (`share_low`, `share_high`), `p_value` and `level`, and the counts behind them: how many images are
                 below a `scale` of the threshold, in any space; `tries` has them for every scale. Copies that are
-                changed beyond recognition are missing from the share.
+                changed beyond recognition are missing from the share. See `verdict` for the choice of the scale.
             pixels, features: see `Space.measures`. Distances in pixels are Euclidean, of pixels in [0, 1] after
                 averaging down to at most 32 x 32.
             closest: `generated` and, to compare, `held_out`: the PAIRS images that are most like a copy, each with its
@@ -189,7 +192,9 @@ def verdict(generated, held_out, train):
     """The verdict from the scores (1-dim, below 1 for a copy) of three sets; train: each among the other ones.
 
     Photographs come in series, and then fresh images also have scores below 1. Stricter thresholds tell copies from
-    those, so some are tried as well, and the p-value is corrected for the number of tries (Bonferroni).
+    those, so some are tried as well. The best one is reported where it finds copies, so that p-values and intervals
+    of `tries` are corrected for their number (Bonferroni). Otherwise the interval is that of the first scale, which is
+    fixed beforehand, and needs no correction.
 
     A few hundred held-out images cannot prove a share of 1 %. Training images count as fresh ones too when searched
     among the others, so they join the held-out ones, unless their counts differ: then one set has duplicates in the
@@ -200,7 +205,7 @@ def verdict(generated, held_out, train):
         (x, n), held, own = ((int((scores < scale).sum()), len(scores)) for scores in (generated, held_out, train))
         joined = min(fisher_p(*held, *own), fisher_p(*own, *held)) > 0.1
         y, m = (held[0] + own[0], held[1] + own[1]) if joined else held
-        share, low, high = copied_share(x, n, y, m)
+        share, low, high = copied_share(x, n, y, m, Z_OF_ALL)
         tries.append({"scale": scale, "found_generated": x, "generated": n, "found_held_out": held[0],
                       "found_train": own[0], "found_fresh": y, "fresh": m,
                       "share": max(share, 0.0), "share_low": low, "share_high": high,
@@ -209,6 +214,8 @@ def verdict(generated, held_out, train):
     p, detected = best["p_value"], best["p_value"] < LEVEL
     best = best if detected else tries[0] | {"p_value": p}
     x, n, y, m = (best[key] for key in ("found_generated", "generated", "found_fresh", "fresh"))
+    if not detected:
+        _, best["share_low"], best["share_high"] = copied_share(x, n, y, m)
     p_text = f"p = {p:.1g}" if p > 1e-300 else "p < 1e-300"
     text = (f"copies: about {best['share']:.2%} of the samples (95 % interval {best['share_low']:.2%} to "
             f"{best['share_high']:.2%}), {p_text}" if detected else
@@ -227,20 +234,20 @@ def fisher_p(x, n, y, m):
     return min(float((log_choose(n, hits) + log_choose(m, x + y - hits) - total).logsumexp(0).exp()), 1.0)
 
 
-def copied_share(x, n, y, m):
+def copied_share(x, n, y, m, z=Z):
     """The share of copies when x of n generated and y of m fresh images look like one: (F_g - F_h) / (1 - F_h).
 
-    Returns (share, low, high). The share may come out below 0; the 95 % interval (Newcombe 1998, method 10, for
-    F_g - F_h) is cut at 0 and 1.
+    Returns (share, low, high). The share may come out below 0; the interval (Newcombe 1998, method 10, for F_g - F_h,
+    95 % unless z says otherwise) is cut at 0 and 1.
     """
     g, h = x / n, y / m
-    (g_low, g_high), (h_low, h_high) = _wilson(x, n), _wilson(y, m)
+    (g_low, g_high), (h_low, h_high) = _wilson(x, n, z), _wilson(y, m, z)
     low, high = g - h - math.hypot(g - g_low, h_high - h), g - h + math.hypot(g_high - g, h - h_low)
     return tuple(v / (1 - h) if h < 1 else 0.0 for v in (g - h, max(low, 0.0), min(max(high, 0.0), 1 - h)))
 
 
-def _wilson(x, n, z=1.959964):
-    """Wilson's 95 % interval of the share x / n."""
+def _wilson(x, n, z=Z):
+    """Wilson's interval of the share x / n."""
     middle, half = x + z * z / 2, z * math.sqrt(x * (n - x) / n + z * z / 4)
     return (middle - half) / (n + z * z), (middle + half) / (n + z * z)
 
