@@ -53,7 +53,7 @@ class ImageDataset(Dataset):
         return (self.images.shape[1], self.img_size, self.img_size)
 
     def to(self, device):
-        """Move images in memory to `device`, so that batches are made there, if they fill at most half of it."""
+        """Move images in memory to `device`, where they fill at most half of it, so that batches are made there."""
         if isinstance(self.images, torch.Tensor) and self.images.device != torch.device(device):
             if self.images.nbytes > available_memory(device) // 2:
                 print(f"{len(self)} images need {self.images.nbytes / 2 ** 30:.1f} GiB, more than half of what is free "
