@@ -20,7 +20,8 @@ from libs.common.cli import Parser, positive, progress_bar, run
 from libs.common.errors import UsageError, display_path
 from libs.evaluation.classifier import file_hash
 from libs.evaluation.comparison import Results, draw_samples, grouped, markdown_table, mean, means, parse_setting
-from libs.evaluation.report import RealImages, denoising_error, distances_to_all, evaluate, labels_like, scalars
+from libs.evaluation.report import (FLOORS, RealImages, denoising_error, distances_to_all, evaluate, labels_like,
+                                    scalars)
 from libs.models import model_from, network_calls, sampling_settings
 from libs.training.device import memory_format, pick_device
 
@@ -112,17 +113,24 @@ def compare_samplers(args):
             samples, seconds = draw_samples(model, setting, labels, seed, args.batch_size, device,
                                             lambda n: bar.update(n * cost))
             report = evaluate(samples, real, memorization=False)
-            numbers, floor = scalars(report), report["floor"]["fd_train"]
+            numbers, floors = scalars(report), {key: report[key]["fd_train"] for key in FLOORS if key in report}
             row = {"model": display_path(args.checkpoint), "hash": trained.hash, "way": setting, "seed": seed,
-                   "network_calls": cost, "floors": numbers["fd_train"] / floor, **numbers, "seconds_per_1000": seconds}
-            results.add("rows", row, metric=report["metric"], n=report["n"], floor=floor, torch=torch.__version__)
+                   "network_calls": cost, "floors": numbers["fd_train"] / floors["floor"], **numbers,
+                   "seconds_per_1000": seconds}
+            results.add("rows", row, metric=report["metric"], n=report["n"], **floors, torch=torch.__version__)
     print(results.text())
+
+
+def floor_text(content, form):
+    """The floor, and that of images which are cropped and mirrored as in training, where they are."""
+    floor, *augmented = (format(content[key], form) for key in FLOORS if key in content)
+    return floor + "".join(f", cropped and mirrored as in training {x}" for x in augmented)
 
 
 def sampler_tables(content):
     """Lines of Markdown: a row for each model and setting."""
     yield (f"{content['num']:,} images of each way and seed; {content['metric']} to {content['n']:,} training images, "
-           f"floor (test images) {content['floor']:.3f}; {content['device']}, PyTorch {content['torch']}")
+           f"floor (test images) {floor_text(content, '.3f')}; {content['device']}, PyTorch {content['torch']}")
     yield ""
     names = {row["hash"]: row["model"] for row in reversed(content["rows"])}  # a file's first name
     lines = []
@@ -152,7 +160,7 @@ def compare_runs(args):
     real = runs[0].real_images(device)
     results.require(num=args.num, seed=args.seed, data=real.train.digest()[:12], extractor_hash=real.extractor.hash,
                     sigmas=SIGMAS, device=str(device))
-    facts = {"metric": real.extractor.metric, "floor": real.floor(args.num), "torch": torch.__version__}
+    facts = {"metric": real.extractor.metric, **real.floors_to_all(args.num), "torch": torch.__version__}
     latents = real_latents(runs[0].model.to(device, memory_format=memory_format(device)), real, device)
     labels = labels_like(real.test.labels, len(real.train.classes), args.num)
 
@@ -232,8 +240,8 @@ def run_tables(content):
     kind = ("kind", "settings", "parameters", "images_seen")
     if content["rows"]:
         yield (f"{content['metric']} of {content['num']:,} samples to all held-out and all training images; "
-               f"{content['num']:,} training images to the held-out ones: {content['floor']:.4g}. Mean (± standard "
-               f"deviation) over the runs of a kind; {content['device']}, PyTorch {content['torch']}")
+               f"{content['num']:,} training images to the held-out ones: {floor_text(content, '.4g')}. "
+               f"Mean (± standard deviation) over the runs of a kind; {content['device']}, PyTorch {content['torch']}")
         yield ""
         lines = []
         for group in grouped(content["rows"], *kind, "way"):

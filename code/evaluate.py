@@ -19,10 +19,11 @@ from libs.config import add_sampler_flags, sampler_flags
 from libs.common.files import atomic_file
 from libs.common.pictures import sheet, write_png
 from libs.common.seeds import seeded_generator
-from libs.data.images import ImageSet, read_images, to_uint8
+from libs.data.images import ImageSet, read_images
 from libs.evaluation import EXTRACTORS, RealImages, evaluate, labels_like, scalars
+from libs.evaluation.comparison import draw_samples
 from libs.evaluation.memorization import LEAST
-from libs.models import draw_images, model_from, network_calls, sampling_settings
+from libs.models import model_from, network_calls, sampling_settings
 from libs.training.device import memory_format, pick_device
 
 
@@ -142,29 +143,28 @@ def draw(model, settings, args, labels, device):
     """One image for each label, uint8 N x C x H x W."""
     print(f"drawing {len(labels):,} images: " + ", ".join(f"{k} {v}" for k, v in settings.items())
           + f", seed {args.seed}: {network_calls(model, settings)} network calls an image", flush=True)
-    images = []
     with progress_bar(len(labels), "image") as bar:
-        for batch in draw_images(model, labels, settings, args.seed, args.batch_size, device):
-            images.append(to_uint8(batch))
-            bar.update(len(batch))
-    return torch.cat(images)
+        return draw_samples(model, settings, labels, args.seed, args.batch_size, device, bar.update)[0].images
 
 
 def table(report):
     """The figures as lines of text: generated images between their floor, real images, and their ceiling, noise."""
-    n, columns = report["n"], ("generated", "floor", "ceiling")
-    yield f"noise: {report['ceiling_n']:,} images; label accuracy: of all images"
+    titles = {"generated": "   generated", "floor": "   test images", "floor_augmented": "   augmented",
+              "ceiling": "       noise"}
+    n, columns = report["n"], [key for key in titles if key in report]
+    yield f"noise: {report['ceiling_n']:,} images; label accuracy: of all images" + (
+        "; augmented: test images, cropped and mirrored as in training" if "floor_augmented" in report else "")
     rows = [(f"{report['metric']} to {n:,} training images", "fd_train", "{:.3f}"),
             (f"{report['metric']} to {n:,} test images", "fd_test", "{:.3f}"),
             ("kernel distance x 1000", "kd", "{:.3f}"),
             ("precision", "precision", "{:.3f}"), ("recall", "recall", "{:.3f}"),
             ("label accuracy", "label_accuracy", "{:.2%}")]
-    yield " " * 46 + f"{'generated':>12}{'test images':>14}{'noise':>12}"
+    yield " " * 46 + "".join(titles[c] for c in columns)
     for text, key, form in rows:
         values = [form.format(report[c][key] * (1000 if key == "kd" else 1)) if key in report[c] else "-"
                   for c in columns]
         if any(v != "-" for v in values):
-            yield f"{text:<46}{values[0]:>12}{values[1]:>14}{values[2]:>12}"
+            yield f"{text:<46}" + "".join(f"{value:>{len(titles[c])}}" for c, value in zip(columns, values))
     if "n_all" in report:
         drawn, *real = report["n_all"]
         for (split, what), count in zip((("train", "training"), ("test", "test")), real):

@@ -69,6 +69,8 @@ def test_samplers(models, call):
     fd, floor = report["generated"]["fd_train"], report["floor"]["fd_train"]
     assert saved["rows"][-1]["fd_train"] == pytest.approx(fd, rel=1e-6)
     assert saved["rows"][-1]["floors"] == pytest.approx(fd / floor, rel=1e-6)
+    assert saved["floor_augmented"] == pytest.approx(report["floor_augmented"]["fd_train"], rel=1e-6)
+    assert f"{floor:.3f}, cropped and mirrored as in training {saved['floor_augmented']:.3f}; cpu" in lines[0]
 
     # the table: one line for each setting, the mean and deviation over its seeds
     assert len(lines) == 4 + 3 and lines[-1] in out and "| ddim | 4 | guidance_scale 1.0, eta 1.0 |" in lines[-1]
@@ -104,7 +106,9 @@ def test_runs(models, call):
     for split in ("train", "test"):
         fd = frechet_distance(drawn, real.gaussians[split])
         assert saved["rows"][1][f"fd_{split}"] == pytest.approx(fd, rel=1e-3)
-    assert saved["floor"] == pytest.approx(real.floor(20), rel=1e-6)
+    floors = real.floors_to_all(20)
+    assert {key: saved[key] for key in ("floor", "floor_augmented")} == pytest.approx(floors, rel=1e-6)
+    assert f"{floors['floor']:.4g}, cropped and mirrored as in training {floors['floor_augmented']:.4g}. Mean" in lines[0]
     for split, images in (("test", real.test), ("train", real.train)):
         errors = denoising_error(model, model.encode(images.take().images / 255), images.labels, saved["sigmas"])
         assert saved["errors"][1][split] == pytest.approx(errors, rel=1e-4)

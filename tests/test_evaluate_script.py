@@ -74,7 +74,7 @@ def test_a_run_folder(run_folder, capsys):
     assert "2 network calls an image" in out and "204 images" in out
     figures = json.loads((run_folder / "evaluation_epoch_000.json").read_text())
     assert figures["n"] == 204 and figures["steps"] == 2 and figures["step"] == 2 and figures["sampler"] == "ddim"
-    for name in ("generated", "floor", "ceiling"):
+    for name in ("generated", "floor", "floor_augmented", "ceiling"):
         assert 0 <= figures[name]["fd_train"] < float("inf") and 0 <= figures[name]["recall"] <= 1
     assert figures["floor"]["fd_train"] < figures["generated"]["fd_train"]  # an untrained network
     assert "no sign of copies" in figures["memorization"]["copies"]["verdict"] in out

@@ -5,11 +5,12 @@ import os
 import pytest
 import torch
 
+from evaluate import table
 from helpers import SMALL, Place, one_line, picture
 from libs import UsageError
 from libs import config as settings
 from libs.data.images import ImageSet, to_uint8
-from libs.datasets import build_dataset
+from libs.datasets import ImageDataset, build_dataset
 from libs.ddpm import DDPM
 from libs.edm import EDM
 from libs.evaluation import report
@@ -40,7 +41,7 @@ def images(n, seed, low=0, high=256):
 def real_images(train, test):
     real = RealImages.__new__(RealImages)
     real.extractor, real.train, real.test, real.sets = Corners(), train, test, {"train": train, "test": test}
-    real.kept_baselines = {}
+    real.kept_baselines, real.augmented = {}, {}
     real.features = {split: real.extractor(s.images) for split, s in real.sets.items()}
     real.gaussians = {split: fit_gaussian(f) for split, f in real.features.items()}
     return real
@@ -95,13 +96,13 @@ def test_all_sets_have_the_same_n():
 def test_the_floor_is_that_of_images_with_the_samples_classes():
     """Samples have the test set's shares of classes, so the test images in their place have them too, in every draw."""
     share = float((REAL.test.labels == 1).double().mean())
-    draws = [REAL.subset_like_test("test", 100, draw) for draw in range(5)]
+    draws = [REAL.features["test"][REAL.like_test("test", 100, draw)] for draw in range(5)]
     for features in draws:
         assert len(features) == 100 and abs((features[:, 0] > 127).double().mean() - share) < 0.01
     assert not torch.equal(draws[0].sort(0)[0], draws[1].sort(0)[0])
     train = fit_gaussian(REAL.subset("train", 100))
     expected = [frechet_distance(fit_gaussian(features), train) for features in draws]
-    assert REAL.baselines(100)[0]["fd_train"] == pytest.approx(sum(expected) / 5)
+    assert REAL.baselines(100)["floor"]["fd_train"] == pytest.approx(sum(expected) / 5)
 
 
 def test_distances_to_all_real_images():
@@ -110,9 +111,9 @@ def test_distances_to_all_real_images():
     for split in ("train", "test"):
         assert found[f"fd_{split}"] == pytest.approx(frechet_distance(fit_gaussian(features), REAL.gaussians[split]))
     assert (found["precision"], found["recall"]) == precision_recall(REAL.subset("train", 100), features)
-    floors = [frechet_distance(fit_gaussian(REAL.subset_like_test("train", 100, draw)), REAL.gaussians["test"])
-              for draw in range(5)]
-    assert REAL.floor(100) == pytest.approx(sum(floors) / 5)
+    draws = [REAL.features["train"][REAL.like_test("train", 100, draw)] for draw in range(5)]
+    floors = [frechet_distance(fit_gaussian(features), REAL.gaussians["test"]) for features in draws]
+    assert REAL.floors_to_all(100) == {"floor": pytest.approx(sum(floors) / 5)}  # digits have no other views
 
 
 def test_a_set_that_is_sorted_by_class_is_not_cut_by_class():
@@ -122,13 +123,52 @@ def test_a_set_that_is_sorted_by_class_is_not_cut_by_class():
     assert got < 500  # only the dark half would have its first pixel 64 darker: 64^2 and more
 
 
+class Cells(Corners):
+    dim = 48
+
+    def __call__(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1)
+
+
+@pytest.mark.parametrize("flip, side", [(True, 18), (False, 18), (True, 16), (False, 16)])
+def test_a_floor_of_images_in_the_views_that_a_model_learns_from(tmp_path, monkeypatch, flip, side):
+    """Images whose left is dark: a perfect model of mirrored ones is far from the floor, and has the augmented one."""
+    monkeypatch.setattr(settings, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(report, "load_extractor", lambda *arguments: Cells())
+    ramp = torch.linspace(0, 120, side).round().byte()
+    sets = {split: ImageDataset(images(n, seed, 0, 136).take().images.repeat(1, 3, 3, 3)[..., :side, :side] + ramp,
+                                torch.arange(n) % 2, ["a", "b"], 16, split == "train", flip, (0, 255))
+            for split, n, seed in (("train", 260, 1), ("test", 200, 2), ("fresh", 200, 3))}
+    monkeypatch.setattr(report, "build_dataset", lambda name, split, *_: (sets[split], 2, None))
+    real = RealImages(settings.complete_config({"model_name": "DDPM"}), "cpu")
+    if not flip and side == 16:
+        found = evaluate(real.test, real, memorization=False)
+        assert real.floors_to_all(90).keys() == {"floor"} and "floor_augmented" not in found
+        assert "augmented" not in "".join(table(found)) and "fd_floor_augmented" not in scalars(found)
+        return
+    sets["fresh"].augment = True
+    drawn = sets["fresh"].batch(torch.arange(200), torch.Generator().manual_seed(0))[0].byte()
+    found = evaluate(ImageSet(drawn), real, memorization=False)
+    fd, floor, augmented = (found[key]["fd_train"] for key in ("generated", "floor", "floor_augmented"))
+    assert fd == pytest.approx(augmented, rel=0.25) and augmented > (5 * floor if flip else floor)
+    assert scalars(found)["fd_floor_augmented"] == augmented and found["floor_augmented"].keys() == found["floor"].keys()
+    title, row = [line for line in table(found) if "generated" in line or "to 200 training images" in line]
+    assert title.split() == ["generated", "test", "images", "augmented", "noise"]
+    assert row.split()[-3:-1] == [f"{floor:.3f}", f"{augmented:.3f}"]
+    # its images are the test images in some view, the same ones every time
+    views = real.augmented["test"].take().images
+    assert torch.equal(views, torch.cat(list(real.augmented["test"].batches(7))))
+    for view, image in zip(views, sets["test"].images):
+        corners = range(side - 16 + 1)
+        assert any(torch.equal(view, x[:, i:i + 16, j:j + 16]) for x in (image, image.flip(-1)) for i in corners
+                   for j in corners)
+    distance = frechet_distance(fit_gaussian(Cells()(views)), fit_gaussian(real.subset("train", 200)))
+    assert augmented == pytest.approx(distance)
+    floors, again = real.floors_to_all(90), real.floors_to_all(90)
+    assert floors == again and floors["floor_augmented"] > floors["floor"]
+
+
 def test_copies_of_any_view_that_a_model_learns_from_are_found(tmp_path, monkeypatch):
-    class Cells(Corners):
-        dim = 48
-
-        def __call__(self, images):
-            return torch.nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1)
-
     monkeypatch.setattr(settings, "CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(report, "load_extractor", lambda *arguments: Cells())
     place = Place(tmp_path)

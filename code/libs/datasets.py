@@ -97,6 +97,18 @@ class ImageDataset(Dataset):
         return x.float() * ((high - low) / 255) + low
 
 
+class RandomViews:
+    """A view of each image as a model learns from them, always the same; indexed like a uint8 tensor, for ImageSet."""
+
+    def __init__(self, dataset, name):
+        self.dataset, self.shape = dataset, (len(dataset), *dataset.img_shape)
+        dataset.augment = True
+        self.corner, self.mirrored = dataset.draw_view(len(dataset), seeded_generator("views", name))
+
+    def __getitem__(self, index):
+        return self.dataset.view(self.dataset.images[index], self.corner[:, index], self.mirrored[index]).byte()
+
+
 class BatchLoader:
     """Batches of an ImageDataset in an order that is a function of (seed, epoch) alone.
 

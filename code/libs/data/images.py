@@ -78,8 +78,8 @@ class FolderImages:
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
             for out, k, image in zip(images, index, pool.map(self._decode, [self.paths[k] for k in index])):
                 if image.shape != out.shape:
-                    raise UsageError(f"{display_path(self.paths[k])} is {_times(image.shape)}, but "
-                                     f"{display_path(self.paths[0])} is {_times(out.shape)} (C x H x W); all images of "
+                    raise UsageError(f"{display_path(self.paths[k])} is {times(image.shape)}, but "
+                                     f"{display_path(self.paths[0])} is {times(out.shape)} (C x H x W); all images of "
                                      "a set must have one size")
                 out.copy_(image)
         return images
@@ -153,7 +153,7 @@ def _read_npz(path, channels, classes):
     except Exception as e:  # a damaged file makes zipfile, zlib and NumPy raise almost anything
         raise UsageError(f"{name} is damaged or no .npz file with an array arr_0 ({first_line(e)})") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
-        raise UsageError(f"{name}: arr_0 is {images.dtype} {_times(images.shape)}; must be uint8 N x H x W x C, "
+        raise UsageError(f"{name}: arr_0 is {images.dtype} {times(images.shape)}; must be uint8 N x H x W x C, "
                          "C being 1 or 3")
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     images = torch.cat([to_channels(part, channels) for part in images.split(1000)])
@@ -201,5 +201,5 @@ def to_uint8(images):
     return images.mul(255).add(0.5).clamp(0, 255).byte()
 
 
-def _times(shape):
+def times(shape):
     return " x ".join(map(str, shape))

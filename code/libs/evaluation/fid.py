@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from .neighbours import nearest
+
 BLOCK = 1024  # rows that are float64 at a time
 EPS = torch.finfo(torch.float64).eps
 
@@ -109,14 +111,7 @@ def precision_recall(real, generated, k=3):
 
 def _share_inside(points, members, k, centre):
     """The share of `points` within at least one ball around `members`."""
-    radii = []
-    for rows in members.split(BLOCK):
-        nearest = torch.empty(len(rows), 0, dtype=torch.float64)
-        for squared, _ in _squared_distances(rows, members, centre):
-            nearest = torch.cat([nearest, squared], 1)
-            nearest = nearest.topk(min(k + 1, nearest.shape[1]), largest=False).values  # + 1: the member itself
-        radii.append(nearest.amax(1))
-    radii = torch.cat(radii)
+    radii = nearest(members, members, k, torch.arange(len(members)))[0][:, -1].square()
     inside = 0
     for rows in points.split(BLOCK):
         found = torch.zeros(len(rows), dtype=torch.bool)

@@ -4,8 +4,8 @@ import torch
 
 from ..common.errors import UsageError
 from ..common.seeds import seeded_generator
-from ..data.images import ImageSet, to_uint8
-from ..datasets import build_dataset
+from ..data.images import ImageSet, times, to_uint8
+from ..datasets import RandomViews, build_dataset
 from ..models import draw_images, sampling_settings
 from .features import cached_features, extract_features, load_extractor
 from .fid import fit_gaussian, frechet_distance, kernel_distance, precision_recall
@@ -14,6 +14,7 @@ from .memorization import MemorizationTest
 KD_SUBSET = 1000  # rows of one estimate of the kernel distance, the usual number
 NOISE_IMAGES = 2000  # of the ceiling, at most
 DRAWS = 5  # subsets of real images that a floor is the mean of
+FLOORS = ("floor", "floor_augmented")
 
 
 class RealImages:
@@ -25,6 +26,7 @@ class RealImages:
 
     Attributes:
         train, test: ImageSet, uint8, cropped to the centre.
+        augmented: split -> ImageSet, cropped and mirrored at random as in training; empty where training does neither.
         features, gaussians: split -> N x D, Gaussian.
         extractor: the Extractor.
         shifts, mirrored: how a copy can differ from its image, as a model learns from random crops and mirrored images.
@@ -37,57 +39,68 @@ class RealImages:
         name = name or ("classifier" if data["name"] == "MNIST" else "inception")
         weights = config["model"]["vae_encoder_weights"] if name == "autoencoder" else None
         self.extractor = load_extractor(name, device, weights)
-        self.sets, self.features, self.gaussians, self.kept_baselines = {}, {}, {}, {}
+        self.sets, self.augmented, self.features, self.gaussians, self.kept_baselines = {}, {}, {}, {}, {}
         for split in ("train", "test"):
-            dataset, _, _ = build_dataset(data["name"], split, data["data_folder"], data["img_size"],
-                                          limit=data["limit"] if split == "train" else None)
+            dataset, _, _ = build_dataset(data["name"], split, data["data_folder"], data["img_size"], (0, 255),
+                                          data["limit"] if split == "train" else None)
             images = ImageSet(dataset.images, dataset.labels, dataset.classes, dataset.img_size)
             self.sets[split] = images
             self.features[split] = cached_features(self.extractor, images, f"{split} images")
             self.gaussians[split] = fit_gaussian(self.features[split])
-            self.mirrored, self.shifts = dataset.flip, _shifts((dataset.images.shape[-1] - dataset.img_size) // 2)
+            margin = dataset.images.shape[-1] - dataset.img_size
+            self.mirrored, self.shifts = dataset.flip, _shifts(margin // 2)
+            if dataset.flip or margin:
+                self.augmented[split] = ImageSet(RandomViews(dataset, split))
         self.train, self.test = self.sets["train"], self.sets["test"]
+
+    def order(self, split):
+        return torch.randperm(len(self.sets[split]), generator=seeded_generator("reference", split))
 
     def subset(self, split, n):
         """Features of `n` images, always the same ones: n x D."""
-        order = torch.randperm(len(self.sets[split]), generator=seeded_generator("reference", split))
-        return self.features[split][order[:n]]
+        return self.features[split][self.order(split)[:n]]
 
-    def subset_like_test(self, split, n, draw):
-        """Features of `n` images whose classes have the test set's shares, as samples have: others for each `draw`.
+    def like_test(self, split, n, draw):
+        """Numbers of `n` images whose classes have the test set's shares, as samples have: others for each `draw`.
 
         Fewer than n where a class has too few images.
         """
         labels = self.sets[split].labels
         order = torch.randperm(len(labels), generator=seeded_generator("floor", split, draw))
         wanted = torch.bincount(labels_like(self.test.labels, len(self.train.classes), n))
-        return self.features[split][torch.cat([order[labels[order] == k][:count] for k, count in enumerate(wanted)])]
+        return torch.cat([order[labels[order] == k][:count] for k, count in enumerate(wanted)])
+
+    def floors(self, split, n, measure):
+        """Means of the numbers in measure(features n x D) over DRAWS subsets of a split, or of all test images.
+
+        Returns `floor`, of the images themselves, and where the data are augmented `floor_augmented`, of the same ones
+        cropped and mirrored at random: what a perfect model of all that it learns from would get.
+        """
+        whole = split == "test" and n == len(self.test)
+        draws = [self.order(split)] if whole else [self.like_test(split, n, draw) for draw in range(DRAWS)]
+        features = {"floor": self.features[split]}
+        if split in self.augmented:
+            features["floor_augmented"] = cached_features(self.extractor, self.augmented[split],
+                                                          f"{split} images, cropped and mirrored")
+        numbers = {name: [measure(x[index]) for index in draws] for name, x in features.items()}
+        return {name: {key: sum(each[key] for each in found) / len(found) for key in found[0]}
+                for name, found in numbers.items()}
 
     def baselines(self, n):
-        """(floor, ceiling, images of the ceiling) at n images: the metrics of the test images and of noise.
-
-        Where there are more test images than n, the floor is the mean over DRAWS subsets of n. Computed once for each n.
-        """
+        """The metrics of n test images, see `floors`, and of noise: `ceiling`, of `ceiling_n` images. Computed once."""
         if n not in self.kept_baselines:
             train, test, count = self.subset("train", n), self.subset("test", n), min(n, NOISE_IMAGES)
-            draws = [test] if n == len(self.test) else [
-                self.subset_like_test("test", n, draw) for draw in range(DRAWS)]
-            floors = [_distances(features, train, None) for features in draws]
-            floor = {key: sum(each[key] for each in floors) / len(floors) for key in floors[0]}
             noise = torch.randint(256, (count, *self.train.shape[1:]), dtype=torch.uint8,
                                   generator=seeded_generator("noise"))
             noise = extract_features(self.extractor, noise.split(200))
-            self.kept_baselines[n] = floor, _distances(noise, train, test), count
+            self.kept_baselines[n] = {**self.floors("test", n, lambda features: _distances(features, train, None)),
+                                      "ceiling": _distances(noise, train, test), "ceiling_n": count}
         return self.kept_baselines[n]
 
-    def floor(self, n):
-        """The floor of `distances_to_all`: Frechet distance of `n` training images to all test images.
-
-        The mean over DRAWS subsets whose classes have the test set's shares.
-        """
-        distances = [frechet_distance(fit_gaussian(self.subset_like_test("train", n, draw)), self.gaussians["test"])
-                     for draw in range(DRAWS)]
-        return sum(distances) / len(distances)
+    def floors_to_all(self, n):
+        """The `floors` of `distances_to_all`: name -> Frechet distance of `n` training images to all test images."""
+        found = self.floors("train", n, lambda x: {"fd": frechet_distance(fit_gaussian(x), self.gaussians["test"])})
+        return {name: numbers["fd"] for name, numbers in found.items()}
 
 
 def labels_like(labels, num_classes, n):
@@ -110,7 +123,7 @@ def evaluate_model(model, config, real, device):
 def scalars(report):
     """The numbers of a report of `evaluate` that TensorBoard draws as curves: name -> number."""
     numbers = {key: value for key, value in report["generated"].items() if isinstance(value, float)}
-    return numbers | {"fd_floor": report["floor"]["fd_train"]}
+    return numbers | {f"fd_{name}": report[name]["fd_train"] for name in FLOORS if name in report}
 
 
 def evaluate(generated, real, memorization=True):
@@ -123,8 +136,9 @@ def evaluate(generated, real, memorization=True):
 
     Returns:
         dict of plain values: `n` images of each set were compared with each other; `generated`, `floor` (the test
-        images in their place) and `ceiling` (noise) each have `fd_train`, `fd_test`, `kd`, `precision`, `recall`, `kd_std`
-        where `n` is above KD_SUBSET and, where the extractor can read labels, `label_accuracy`; where more than `n` were generated,
+        images in their place), perhaps `floor_augmented` (see RealImages.floors) and `ceiling` (noise) each have
+        `fd_train`, `fd_test`, `kd`, `kd_std` where n is above KD_SUBSET, `precision`, `recall` and, where the extractor
+        can read labels, `label_accuracy`; where more than `n` were generated,
         `fd_train_all` and `fd_test_all` are of all images (numbers of them in `n_all`: generated, training, test);
         `memorization` is the report of a MemorizationTest.
 
@@ -133,24 +147,23 @@ def evaluate(generated, real, memorization=True):
     """
     extractor, shape = real.extractor, real.train.shape[1:]
     if generated.shape[1:] != shape:
-        raise UsageError(f"images are {_size(generated.shape[1:])}, those of the data set {_size(shape)}")
+        raise UsageError(f"images are {times(generated.shape[1:])}, those of the data set {times(shape)}")
     n = min(len(generated), len(real.train), len(real.test))
     if n < 2:
         raise UsageError(f"{n} image{'s' * (n != 1)}; a Frechet distance needs at least 2")
     features = extract_features(extractor, generated.batches())
     chosen = torch.randperm(len(features), generator=seeded_generator("generated"))[:n]  # a folder is sorted by class
-    floor, ceiling, count = real.baselines(n)
     report = {
         "n": n, "metric": extractor.metric, "extractor": extractor.name, "extractor_hash": extractor.hash,
         "generated": _distances(features[chosen], real.subset("train", n), real.subset("test", n)),
-        "floor": dict(floor), "ceiling": ceiling, "ceiling_n": count,
+        **real.baselines(n),
     }
     if len(features) > n:
         for split in ("train", "test"):
             report[f"fd_{split}_all"] = frechet_distance(fit_gaussian(features), real.gaussians[split])
         report["n_all"] = [len(features), len(real.train), len(real.test)]
     if getattr(extractor, "classes", None) == list(real.train.classes):  # it can read these labels
-        report["floor"] |= _label_accuracy(extractor, real.features["test"], real.test.labels)
+        report["floor"] = report["floor"] | _label_accuracy(extractor, real.features["test"], real.test.labels)
         if generated.labels is not None:
             report["generated"] |= _label_accuracy(extractor, features, generated.labels)
     if memorization:
@@ -163,8 +176,8 @@ def evaluate(generated, real, memorization=True):
 def distances_to_all(generated, real):
     """The distances of one set of generated images to *all* training and test images, whatever its size.
 
-    Returns name -> number: `fd_train`, `fd_test`; `precision` and `recall` with as many training images. The floor of
-    `fd_test` is `real.floor`.
+    Returns name -> number: `fd_train`, `fd_test`; `precision` and `recall` with as many training images. The floors of
+    `fd_test` are `real.floors_to_all`.
     """
     features = extract_features(real.extractor, generated.batches())
     gaussian = fit_gaussian(features)
@@ -222,7 +235,3 @@ def _label_accuracy(extractor, features, labels):
 def _shifts(most):
     """The shifts, in pixels, at which copies of the centre are looked for; crops differ from it by up to `most`."""
     return (-1, 0, 1) if most < 2 else (-most, -most // 2, 0, most // 2, most)
-
-
-def _size(shape):
-    return " x ".join(map(str, shape))
