@@ -24,21 +24,11 @@ class Gaussian(NamedTuple):
 def fit_gaussian(features):
     """Mean and covariance (divisor N - 1), in float64, of N x D features of any dtype; N at least 2.
 
-    Sums the scatter matrix about the mean block by block (Chan et al. 1979) instead of sums of squares, which would
-    lose all digits where the mean is large beside the spread.
+    In two passes, about the mean: sums of squares would lose all digits where it is large beside the spread.
     """
-    n, dim = 0, features.shape[1]
-    mean = torch.zeros(dim, dtype=torch.float64)
-    scatter = torch.zeros(dim, dim, dtype=torch.float64)
-    for rows in features.split(BLOCK):
-        rows = _float64(rows)
-        block_mean, m = rows.mean(0), len(rows)
-        total, step = n + m, block_mean - mean
-        rows = rows - block_mean
-        scatter += rows.T @ rows + torch.outer(step, step) * (n * m / total)
-        mean += step * (m / total)
-        n = total
-    return Gaussian(mean, scatter / (n - 1))
+    mean = sum(_float64(rows).sum(0) for rows in features.split(BLOCK)) / len(features)
+    centred = (_float64(rows) - mean for rows in features.split(BLOCK))
+    return Gaussian(mean, sum(rows.T @ rows for rows in centred) / (len(features) - 1))
 
 
 def frechet_distance(a, b):

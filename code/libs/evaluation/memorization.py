@@ -8,7 +8,6 @@ verdict rests on that ratio of distances, which has no scale.
 
 import math
 from functools import cached_property
-from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,7 @@ from .neighbours import nearest
 LEVEL = 1e-3  # significance level: of a thousand generators that copy nothing, less than one is accused
 FALSE_RATE = 1e-4  # share of fresh images that each space may take for copies
 SCALES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)  # parts of the threshold, the stricter ones for data that come in series
-Z = 1.959964  # of a 95 % interval, and below of five that all hold in 95 of 100 cases (Bonferroni)
-Z_OF_ALL = NormalDist().inv_cdf(1 - 0.05 / 2 / len(SCALES))
+Z, Z_OF_FIVE = 1.959964, 2.575829  # of a 95 % interval, and of one of five that all hold at 95 % (Bonferroni)
 NEIGHBOUR = 10  # the ratio is nearest : tenth nearest, so that nine duplicates in the training set do no harm
 REFERENCE = 5000  # training images that are searched among the other training images
 AT_ONCE = 5000  # generated images of which all shifted views are in memory
@@ -205,7 +203,7 @@ def verdict(generated, held_out, train):
         (x, n), held, own = ((int((scores < scale).sum()), len(scores)) for scores in (generated, held_out, train))
         joined = min(fisher_p(*held, *own), fisher_p(*own, *held)) > 0.1
         y, m = (held[0] + own[0], held[1] + own[1]) if joined else held
-        share, low, high = copied_share(x, n, y, m, Z_OF_ALL)
+        share, low, high = copied_share(x, n, y, m, Z_OF_FIVE)
         tries.append({"scale": scale, "found_generated": x, "generated": n, "found_held_out": held[0],
                       "found_train": own[0], "found_fresh": y, "fresh": m,
                       "share": max(share, 0.0), "share_low": low, "share_high": high,

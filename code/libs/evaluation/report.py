@@ -138,9 +138,9 @@ def evaluate(generated, real, memorization=True):
         dict of plain values: `n` images of each set were compared with each other; `generated`, `floor` (the test
         images in their place), perhaps `floor_augmented` (see RealImages.floors) and `ceiling` (noise) each have
         `fd_train`, `fd_test`, `kd`, `kd_std` where n is above KD_SUBSET, `precision`, `recall` and, where the extractor
-        can read labels, `label_accuracy`; where more than `n` were generated,
-        `fd_train_all` and `fd_test_all` are of all images (numbers of them in `n_all`: generated, training, test);
-        `memorization` is the report of a MemorizationTest.
+        can read labels, `label_accuracy`; where more than `n` were generated, `fd_train_all` and `fd_test_all` are of
+        all images (numbers of them in `n_all`: generated, training, test); `memorization` is the report of a
+        MemorizationTest.
 
     Raises:
         UsageError: images of another shape, or too few.
