@@ -70,7 +70,7 @@ class TrainedRun:
         self.path = model_file(path)
         state = load_checkpoint(self.path)
         self.model, self.config = model_from(state, self.path)
-        self.hash, self.classes, self.updates = file_hash(self.path), state.get("classes"), state["step"]
+        self.hash, self.classes, self.updates = file_hash(self.path), state.get("classes"), state.get("step", 0)
 
     def settings(self, texts):
         """The complete settings of a sampler that each text means for this model, without repetitions."""

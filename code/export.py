@@ -6,6 +6,8 @@ import os
 
 from libs.common.checkpoint import load_checkpoint, model_file, save_checkpoint
 from libs.common.cli import Parser, check_output, run
+from libs.config import portable
+from libs.models import model_from
 
 
 def parse_args(argv=None):
@@ -19,12 +21,14 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    state = load_checkpoint(model_file(args.checkpoint))
     check_output(args.output, args.overwrite, "output")
-    kept = {k: state[k] for k in ("epoch", "step", "config", "classes", "autoencoder", "state_dict_ema") if k in state}
-    if args.half:
-        kept["state_dict_ema"] = {k: v.half() if k.startswith("model.") else v
-                                  for k, v in kept["state_dict_ema"].items()}
+    path = model_file(args.checkpoint)
+    state = load_checkpoint(path)
+    _, config = model_from(state, path)  # refuses what nobody could draw with
+    kept = {k: state[k] for k in ("epoch", "step", "classes", "autoencoder") if k in state}
+    kept["config"] = portable(config, travels=True)
+    kept["state_dict_ema"] = {k: v.half() if args.half and k.startswith("model.") else v
+                              for k, v in state["state_dict_ema"].items()}
     save_checkpoint(kept, False, *os.path.split(os.path.abspath(args.output)))
     print(f"wrote {args.output}: {os.path.getsize(args.output) / 1e6:.1f} MB")
 

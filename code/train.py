@@ -6,6 +6,7 @@ python code/train.py --resume logs/RUN             goes on with a run, with its 
 import math
 from contextlib import suppress
 from functools import partial
+from hashlib import sha256
 
 import torch
 
@@ -63,8 +64,10 @@ def main(argv=None):
     report = partial(print, flush=True) if world.first else None
     dataset, _, _ = libs.build_dataset(data["name"], data["split"], data["data_folder"], data["img_size"],
                                        (0, 1) if config["model"]["use_vae"] else (-1, 1), data["limit"])
+    facts = {"updates_per_epoch": updates, "classes": list(dataset.classes),
+             "labels": sha256(dataset.labels.numpy()).hexdigest()[:12]}
     if state:
-        check_data(state, resume_path, updates, data["data_folder"], dataset.classes)
+        check_data(state, resume_path, data["data_folder"], facts)
     loader = libs.build_dataloader(dataset, **config["loader"], seed=config["seed"], share=world.share)
     model.to(device, memory_format=memory_format(device))
     dataset.to(device)
@@ -92,7 +95,6 @@ def main(argv=None):
     out = RunFolder(folder, config, trainer, loader.batch_size, args, active=world.first)
     out.last_checkpoint = resume_path
     log = TrainingLog(out, model, world, loader.batch_size, cfg["epochs"])
-    facts = {"updates_per_epoch": updates, "classes": list(dataset.classes)}
     if model.use_vae:
         facts["autoencoder"] = model.vae.hashes()
 

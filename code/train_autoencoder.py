@@ -75,9 +75,10 @@ def main(argv=None):
     test, split = held_out(data)
     dataset = load_images(data, "train", data["limit"]).to(device)
     model.to(device, memory_format=memory_format(device))
+    facts = {"updates_per_epoch": updates}
     trainer = Trainer(model, cfg, device, precision, cfg["epochs"] * updates, is_hidden_kernel)
     if state:
-        check_data(state, resume_path, updates, data["data_folder"])
+        check_data(state, resume_path, data["data_folder"], facts)
         restore(trainer, state, resume_path)
         set_aside_later(resume_path)
         print(f"resumed from {display_path(resume_path)}: update {trainer.step}", flush=True)
@@ -96,7 +97,7 @@ def main(argv=None):
         is_final = trainer.epoch == cfg["epochs"]
         if is_final or signals.received or trainer.epoch % args.ckpt_freq == 0:
             with log.paused():
-                out.save({"updates_per_epoch": updates}, is_final)
+                out.save(facts, is_final)
                 if is_final or not signals.received:
                     show_reconstructions(out, test, split)
     out.close()

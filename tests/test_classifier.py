@@ -59,7 +59,8 @@ def test_missing_and_wrong_files(tmp_path):
     for name, content in contents.items():
         path = tmp_path / name
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        with pytest.raises(UsageError, match=f"{name} is not a file of train_classifier.py") as e:
+        what = "is of another architecture" if name == "other" else "is not a file of train_classifier.py"
+        with pytest.raises(UsageError, match=f"{name} {what}") as e:
             load_classifier(path)
         one_line(e)
     with pytest.raises(UsageError, match="no file"):

@@ -97,7 +97,7 @@ def test_weights_that_are_not_the_encoders(tmp_path, taesd):
     refused("autoencoder: no file .*nowhere.pth", load_extractor, "autoencoder", weights="taesd_nowhere.pth")
     path = str(tmp_path / "x.pth")
     torch.save(taesd[0].decoder.state_dict(), path)
-    refused("does not hold the weights", load_extractor, "autoencoder", weights=path)
+    refused("is of another architecture", load_extractor, "autoencoder", weights=path)
 
 
 # ---------------------------------------------------------------- the cache of real features

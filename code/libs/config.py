@@ -271,14 +271,19 @@ def _fill_in_shapes(config):
                          f"gives {[shape[0], size, size]}; change dataset.img_size")
 
 
-def portable(config):
-    """A copy whose paths are relative to code/ again, for files that may move to another machine."""
-    config = copy.deepcopy(config)
+def portable(config, travels=False):
+    """A copy for files: paths in the project are relative to code/ again, so that it can be moved; others are absolute.
+
+    travels: for files that leave this machine: folders outside the project are replaced by the project's own.
+    """
+    config, root = copy.deepcopy(config), os.path.dirname(CODE)
+    afhq = config["dataset"]["name"] == "AFHQ"
+    own = {"output_folder": "../logs", "data_folder": "../data/afhq" if afhq else "../data"}
     for section, key in _paths(config):
-        try:
+        if os.path.join(section[key], "").startswith(os.path.join(root, "")):
             section[key] = os.path.relpath(section[key], CODE).replace(os.sep, "/")
-        except ValueError:  # another drive
-            pass
+        elif travels:
+            section[key] = own.get(key, section[key])
     return config
 
 

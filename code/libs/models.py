@@ -4,6 +4,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
+from .common import files
 from .common.checkpoint import load_checkpoint
 from .common.errors import UsageError, display_path
 from .common.pictures import image_grid
@@ -189,7 +190,7 @@ def load_model(path, ema=True):
 
 def model_from(state, path, ema=True):
     """`load_model` for the `state` that was read from `path`."""
-    config = complete_config(state["config"])
+    config = config_of(state, path)
     model = build_model(config)
     check_autoencoder(model, state, config, path)
     key = "state_dict_ema" if ema else "state_dict"
@@ -199,13 +200,20 @@ def model_from(state, path, ema=True):
     return model.eval(), config
 
 
+def config_of(state, path, complete_config=complete_config):
+    """The complete configuration in the `state` of the checkpoint `path`."""
+    try:
+        return complete_config(state["config"])
+    except UsageError as e:
+        raise UsageError(f"checkpoint {path}: {e}") from None
+
+
 def check_autoencoder(model, state, config, path):
     """UsageError unless the autoencoder of `config` is that of the checkpoint `path`, as far as its `state` says."""
     if not model.use_vae:
         return
     hashes = model.vae.hashes()
-    differ = [f"model.vae_{half}_weights" for half, digest in state.get("autoencoder", hashes).items()
-              if digest != hashes[half]]
+    differ = [f"model.vae_{half}_weights" for half in hashes if state.get("autoencoder", hashes)[half] != hashes[half]]
     if differ:
         files = ", ".join(display_path(config["model"][key.removeprefix("model.")]) for key in differ)
         raise UsageError(f"{', '.join(differ)}: the weights in {files} are not those in whose latents {path} was "
@@ -213,12 +221,6 @@ def check_autoencoder(model, state, config, path):
 
 
 def load_weights(model, state_dict, path):
-    """Load strictly; a checkpoint of another architecture is a UsageError that names what differs."""
-    own = model.state_dict()
+    """`files.load_weights` of a checkpoint."""
     state_dict = {k: v for k, v in state_dict.items() if k != "loss_weight"}  # unused, in old checkpoints
-    differ = [k for k in own if k not in state_dict or own[k].shape != state_dict[k].shape]
-    differ += [k for k in state_dict if k not in own]
-    if differ:
-        raise UsageError(f"checkpoint {path} is of another architecture: {len(differ)} tensors differ, "
-                         f"first {differ[0]}")
-    model.load_state_dict(state_dict)
+    files.load_weights(model, state_dict, f"checkpoint {path}")

@@ -9,6 +9,7 @@ from hashlib import sha256
 import torch
 from torch import nn
 
+from .common import files
 from .common.errors import UsageError, first_line
 
 LATENT_CHANNELS = 4
@@ -65,7 +66,7 @@ def in_parts(network, x):
 def load_weights(module, path, key):
     """Load a weight file into `module`, strictly. `key` is the config's name for it.
 
-    Raises UsageError when the file is missing, is no plain state dict, or is another network's.
+    Raises UsageError when the file is missing, is no plain state dict, is another network's, or is not finite.
     """
     if not os.path.isfile(path):
         official = os.path.basename(path).startswith("taesd_")
@@ -73,13 +74,10 @@ def load_weights(module, path, key):
             "python code/train_autoencoder.py configs/afhq_autoencoder.yaml")
         raise UsageError(f"{key}: no file {path}; `{command}` makes one")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = files.load_tensors(path)
     except Exception as e:  # torch raises almost anything on a file of another kind
         raise UsageError(f"{key}: {path} is no file of plain weights ({first_line(e)})") from None
-    shapes = {name: weight.shape for name, weight in module.state_dict().items()}
-    if not isinstance(state, dict) or {name: getattr(w, "shape", None) for name, w in state.items()} != shapes:
-        raise UsageError(f"{key}: {path} does not hold the weights of this part of TAESD")
-    module.load_state_dict(state)
+    files.load_weights(module, state, f"{key}: {path}")
 
 
 def weights_hash(module):

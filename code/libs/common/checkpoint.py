@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, and read without running code.
 
 Keys: `epoch` (finished epochs), `batch` (finished batches of the next one), `step` (finished updates),
-`state_dict`, `state_dict_ema`, `optimizer`, `scaler`, `config`, `classes`, and of a model of latents `autoencoder`,
-the hashes of its halves. Tensors and plain values only.
+`state_dict`, `state_dict_ema`, `optimizer`, `scaler`, `config`, what is known of the data (`updates_per_epoch`,
+`classes`, `labels`), and of a model of latents `autoencoder`, the hashes of its halves. Tensors and plain values only;
+SCHEMA has the rules.
 """
 
 import os
@@ -10,14 +11,27 @@ import pickle
 import re
 import zipfile
 
-import torch
-
-from .errors import RunError, UsageError, first_line, display_path
-from .files import save_tensors, atomic_file
+from .errors import RunError, UsageError, display_path, first_line, shown
+from .files import atomic_file, load_tensors, save_tensors
+from .rules import integer, list_of, mapping, number, optional, text
 
 FINAL = "model_final.pth.tar"
 # epoch_009: after the tenth epoch; epoch_009_batch_00042: after 42 batches of it
 PATTERN = re.compile(r"epoch_(\d+)(?:_batch_(\d+))?\.pth\.tar$")
+
+COUNT = integer(0, 2 ** 53)
+# key -> rule, for the keys that are there; weights and the optimizer's state are compared with the model's own later
+SCHEMA = {
+    "epoch": COUNT, "batch": COUNT, "step": COUNT, "updates_per_epoch": COUNT,
+    "ckpt_freq": integer(1, 2 ** 53), "print_freq": integer(1, 2 ** 53),
+    "config": mapping(str), "classes": list_of(text()), "labels": text(),
+    "autoencoder": mapping(str, encoder=text(), decoder=text()),
+    "state_dict": mapping(str), "state_dict_ema": mapping(str),
+    "optimizer": mapping(str, state=mapping(int, mapping(str)),
+                         param_groups=list_of(mapping(str, params=list_of(COUNT, empty=True)), empty=True)),
+    "scaler": mapping(str, skipped=optional(COUNT), in_a_row=optional(COUNT), scaler=optional(mapping(str, number(0)))),
+}
+TO_RESUME = ("optimizer", "scaler", "epoch", "batch", "step", "state_dict", "state_dict_ema")
 
 
 def checkpoint_name(epoch, batch=0):
@@ -84,22 +98,20 @@ def set_aside_later(path):
             print(f"{display_path(old)} is of the run that is left here: renamed to {os.path.basename(new)}")
 
 
-def load_checkpoint(path, config=None):
+def load_checkpoint(path, config=None, resume=False):
     """Read a checkpoint of train.py onto the CPU.
 
     config: the configuration of a checkpoint that holds none, as the course's do not; None: it must hold one.
+    resume: it must hold what training needs to go on.
     Raises UsageError when the file is missing, damaged (every byte is checked against the file's own
-    checksums), holds more than tensors and plain values, or is something else.
+    checksums), holds more than tensors and plain values, breaks a rule of SCHEMA, or is something else.
     """
     if not os.path.isfile(path):
         raise UsageError(f"checkpoint: no file {path}")
     if not zipfile.is_zipfile(path):
         raise UsageError(f"checkpoint {path} is damaged or no checkpoint of train.py (those end in .pth.tar)")
     try:
-        with zipfile.ZipFile(path) as z:
-            if z.testzip():
-                raise zipfile.BadZipFile("wrong checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
     except pickle.UnpicklingError:
         raise UsageError(f"checkpoint {path} holds more than tensors and plain values; loading it could run code, "
                          "so it is refused") from None
@@ -111,6 +123,16 @@ def load_checkpoint(path, config=None):
         raise UsageError(f"--config: checkpoint {path} has a configuration of its own")
     if config is None and "config" not in state:
         raise UsageError(f"checkpoint {path} holds no configuration; give it one by --config FILE.yaml")
+    missing = [key for key in TO_RESUME if resume and key not in state]
+    if missing:
+        raise UsageError(f"--resume: {path} holds no {missing[0]}; resume from an epoch_*.pth.tar of train.py")
+    for key, (wanted, convert) in SCHEMA.items():
+        if key not in state:
+            continue
+        try:
+            convert(state[key])
+        except (ValueError, TypeError, OverflowError):
+            raise UsageError(f"checkpoint {path}: {key} is {shown(state[key])}; it must be {wanted}") from None
     return {"config": config, **state}
 
 
@@ -133,13 +155,10 @@ def find_checkpoint(path):
     """
     path = find_run(path)
     if not os.path.isdir(path):
-        state = load_checkpoint(path)
-        if "optimizer" not in state:
-            raise UsageError(f"--resume: {path} holds no optimizer state; resume from an epoch_*.pth.tar beside it")
-        return path, state
+        return path, load_checkpoint(path, resume=True)
     for candidate in list_checkpoints(path):
         try:
-            return candidate, load_checkpoint(candidate)
+            return candidate, load_checkpoint(candidate, resume=True)
         except UsageError as e:
             print(f"{e}; trying the one before it", flush=True)
     raise UsageError(f"--resume: no whole checkpoint (epoch_*.pth.tar) in {path}")

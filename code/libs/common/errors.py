@@ -34,6 +34,6 @@ def first_line(error, length=120):
 def shown(value):
     """repr, cut short: a value from a file may be of any size and depth."""
     try:
-        return _repr.repr(value)
+        return " ".join(_repr.repr(value).split())  # a tensor's has several lines
     except ValueError:  # an integer of more digits than Python prints
         return type(value).__name__

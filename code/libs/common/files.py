@@ -1,11 +1,16 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and tensors in files: one way to write them, one to read them."""
 
+import mmap
 import os
+import pickle
+import zipfile
 from contextlib import contextmanager
 
 import torch
 
-from .errors import RunError, first_line, display_path
+from .errors import RunError, UsageError, first_line, display_path, shown
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @contextmanager
@@ -32,3 +37,41 @@ def save_tensors(state, f):
         torch.save(state, f)
     except RuntimeError as e:
         raise (e.__context__ if isinstance(e.__context__, OSError) else OSError(first_line(e))) from None
+
+
+def load_tensors(path):
+    """What torch.save wrote, on the CPU. Runs no code, and takes no more memory than a few times the file's size.
+
+    Raises pickle.UnpicklingError for a file that holds more than tensors and plain values, and almost anything for one
+    that is damaged (every byte of a zip file is checked against its checksums) or something else.
+    """
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"\nbytearray\n") >= 0:  # the one call with a size that torch lets a file make
+            raise pickle.UnpicklingError("bytearray")
+    if zipfile.is_zipfile(path):  # the format before torch 1.6 is none
+        with zipfile.ZipFile(path) as z:
+            size = sum(member.file_size for member in z.infolist())
+            if size > os.path.getsize(path) or any(member.compress_type for member in z.infolist()):
+                raise ValueError(f"it would unpack to {size:,} bytes, and torch.save does not compress")
+            if z.testzip():
+                raise zipfile.BadZipFile("wrong checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def fits(value, own):
+    """Whether something from a file is a dense tensor on the CPU that can be copied into the tensor `own`."""
+    return (isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout == torch.strided
+            and not value.is_nested and value.shape == own.shape
+            and (value.dtype in FLOATS if own.is_floating_point() else value.dtype == own.dtype))
+
+
+def load_weights(module, state, source):
+    """Put a state dict from a file into `module`. UsageError unless names, shapes and kinds agree and all is finite."""
+    own, state = module.state_dict(), state if isinstance(state, dict) else {}
+    differ = [k for k in own if not fits(state.get(k), own[k])] + [k for k in state if k not in own]
+    if differ:
+        raise UsageError(f"{source} is of another architecture: {len(differ)} tensors differ, first {shown(differ[0])}")
+    for name, weight in state.items():
+        if not weight.float().isfinite().all():
+            raise UsageError(f"{source}: the weights {name} are not finite")
+    module.load_state_dict(dict(state))

@@ -68,6 +68,17 @@ def list_of(rule, length=None, empty=False):
     return f"a list of {f'{length} times ' if length else ''}{rule[0]}", check
 
 
+def mapping(kind, each=None, **entries):
+    def check(v):
+        if not isinstance(v, dict) or not all(isinstance(key, kind) for key in v):
+            raise ValueError
+        for rule, x in [(entries[key], v.get(key)) for key in entries] + [(each, x) for x in v.values() if each]:
+            rule[1](x)
+        return v
+    parts = [("each", each)] * bool(each) + list(entries.items())
+    return ", ".join([f"a dict with keys of type {kind.__name__}", *(f"{key}: {rule[0]}" for key, rule in parts)]), check
+
+
 def optional(rule):
     return f"null or {rule[0]}", lambda v: None if v is None else rule[1](v)
 

@@ -5,7 +5,6 @@ A Frechet distance has a name only with its extractor: "FID" is the Inception ne
 
 import io
 import os
-import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from .. import config
 from ..common.cli import progress_bar
 from ..common.errors import RunError, UsageError, display_path, first_line
-from ..common.files import atomic_file, save_tensors
+from ..common.files import atomic_file, fits, load_tensors, save_tensors
 from ..data.images import to_channels
 from ..tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, build_encoder, in_parts, load_weights
 from .classifier import WEIGHTS, file_hash, load_classifier
@@ -92,7 +91,7 @@ class InceptionExtractor(Extractor):
             raise UsageError(f"inception: no file {display_path(path)}; its weights are at {INCEPTION_URL}")
         try:
             safe = io.BytesIO()  # torch-fidelity unpickles any file: give it our own pickle of the tensors
-            torch.save(torch.load(path, map_location="cpu", weights_only=True), safe)
+            torch.save(load_tensors(path), safe)
             safe.seek(0)
             network = FeatureExtractorInceptionV3(self.name, [self.layer], feature_extractor_weights_path=safe)
         except Exception as e:  # a foreign file fails in torch in many ways, all with the same meaning
@@ -195,7 +194,7 @@ def cached_features(extractor, images, what):
     path = os.path.join(folder, f"{extractor.name}-{extractor.hash}-{len(images)}-{digest[:12]}.pt")
     if os.path.exists(path):
         try:
-            return _read_cache(path, key)
+            return _read_cache(path, key, torch.empty(len(images), extractor.dim))
         except Exception as e:  # a damaged file makes zipfile and torch raise almost anything
             print(f"features: {display_path(path)} is damaged or another file ({first_line(e)}): made again")
     with progress_bar(len(images), "image", f"features of the {what}") as bar:
@@ -209,11 +208,8 @@ def cached_features(extractor, images, what):
     return features
 
 
-def _read_cache(path, key):
-    with zipfile.ZipFile(path) as z:
-        if z.testzip():  # torch itself does not look at the checksums
-            raise zipfile.BadZipFile("wrong checksum")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if saved["key"] != key:
+def _read_cache(path, key, like):
+    saved = load_tensors(path)
+    if saved["key"] != key or not fits(saved["features"], like):
         raise ValueError("of other images or another extractor")
     return saved["features"]

@@ -6,9 +6,9 @@ import time
 from itertools import zip_longest
 
 from ..common.checkpoint import find_checkpoint
-from ..common.errors import UsageError, display_path
+from ..common.errors import UsageError, display_path, shown
 from ..config import complete_config, load_config, set_values
-from ..models import load_weights
+from ..models import config_of, load_weights
 
 
 def find_place(args, load_config=load_config, complete_config=complete_config):
@@ -22,6 +22,7 @@ def find_place(args, load_config=load_config, complete_config=complete_config):
         if args.output:
             raise UsageError(f"--output: {args.output} cannot be given with --resume, which goes on in the same folder")
         path, state = find_checkpoint(args.resume)
+        state["config"] = config_of(state, path, complete_config)
     if args.config:
         config = load_config(args.config, args.set)
     elif state:
@@ -60,24 +61,34 @@ def check_resumable(config, state, path):
     for key, (there, here) in same.items():
         if there != here:
             raise UsageError(f"--resume: {path} is of another run: {key} is {there} there and {here} in the config")
+    epochs = config["train_cfg"]["epochs"]
+    if (state.get("epoch", 0), state.get("batch", 0)) > (epochs, 0):
+        raise UsageError(f"--resume: {path} is beyond the end, train_cfg.epochs={epochs}; give more, or an earlier one")
     for key, value in config["train_cfg"].items():
         if old["train_cfg"].get(key, value) != value:
             print(f"train_cfg.{key}: {old['train_cfg'][key]} until now, {value} from here on")
 
 
-def check_data(state, path, updates, folder, classes=()):
-    """Refuse to go on with other data, of so many updates an epoch and these classes, than the checkpoint's."""
-    there = state.get("updates_per_epoch", updates)
-    if there != updates:
-        raise UsageError(f"--resume: {path} has {there} updates an epoch, the data in {folder} give {updates}")
-    for k, (there, here) in enumerate(zip_longest(state.get("classes", classes), classes)):
-        if there != here:
-            raise UsageError(f"--resume: {path} is of other classes: number {k} is {there} there "
-                             f"and {here} in {folder}")
+def check_data(state, path, folder, facts):
+    """Refuse to go on with other data than the checkpoint's. facts: what is known of these, as `RunFolder.save` gets."""
+    there, updates = facts | state, facts["updates_per_epoch"]
+    if there["updates_per_epoch"] != updates:
+        raise UsageError(f"--resume: {path} has {there['updates_per_epoch']} updates an epoch, the data in {folder} "
+                         f"give {updates}")
+    epoch, batch, step = (state[key] for key in ("epoch", "batch", "step"))
+    if batch >= updates or step != epoch * updates + batch:
+        raise UsageError(f"--resume: {path} is none of train.py's: its step is {step}, but {epoch} epochs of {updates} "
+                         f"updates and {batch} batches are finished")
+    for k, (a, b) in enumerate(zip_longest(there.get("classes", ()), facts.get("classes", ()))):
+        if a != b:
+            raise UsageError(f"--resume: {path} is of other classes: number {k} is {shown(a)} there and {b} in {folder}")
+    if there.get("labels") != facts.get("labels"):
+        raise UsageError(f"--resume: {path} is of other labels than the images in {folder} have; has one been moved to "
+                         "another class?")
 
 
 def restore(trainer, state, path):
     """Put everything back that the next update depends on."""
     load_weights(trainer.model, state["state_dict"], path)
     load_weights(trainer.ema.module, state["state_dict_ema"], path)
-    trainer.load_state_dict(state)
+    trainer.load_state_dict(state, path)

@@ -7,7 +7,8 @@ import signal
 
 import torch
 
-from ..common.errors import RunError
+from ..common.errors import RunError, UsageError, shown
+from ..common.files import fits
 from .optimizers import build_optimizer
 
 
@@ -102,6 +103,7 @@ class Trainer:
     """
 
     LIMIT = 20  # updates left out in a row, after which training stops
+    LARGEST = torch.finfo(torch.float16).max  # weight that fp16 can hold, 65,504; those of a trained model reach 3 or so
 
     def __init__(self, model, cfg, device, precision, total_steps, is_hidden=None):
         self.model, self.cfg, self.device, self.total_steps = model, cfg, device, total_steps
@@ -149,13 +151,16 @@ class Trainer:
                            f"update {self.step}; " + (f"resume from {last_checkpoint}" if last_checkpoint else
                                                       "start again") + " with a lower train_cfg.lr")
 
+    @torch.no_grad()
     def check_weights(self, last_checkpoint):
-        """Raise RunError where weights are not finite: the checkpoint before is better."""
-        bad = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
-        if bad:
-            raise RunError(f"the weights are not finite any more ({bad[0]}) at update {self.step}; "
-                           + (f"resume from {last_checkpoint}" if last_checkpoint else "start again")
-                           + " with a lower train_cfg.lr")
+        """Raise RunError where weights, or their averages, are not finite or far too large: the checkpoint before is
+        better."""
+        named = [*self.model.named_parameters(), *self.ema.module.named_parameters()]
+        for (name, _), size in zip(named, torch.stack([p.abs().max() for _, p in named]).tolist()):
+            if not size <= self.LARGEST:
+                raise RunError(f"weights up to {size:.3g} ({name}) at update {self.step}: training went astray; "
+                               + (f"resume from {last_checkpoint}" if last_checkpoint else "start again")
+                               + " with a lower train_cfg.lr")
 
     def state_dict(self):
         """Everything that the next update depends on: tensors and plain values."""
@@ -165,18 +170,42 @@ class Trainer:
                 "state_dict_ema": self.ema.module.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": scaler}
 
-    def load_state_dict(self, state):
-        """Put back a `state_dict`, less the weights. What `train_cfg` says now holds for the optimizer."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group.update(betas=tuple(self.cfg["betas"]), weight_decay=self.cfg["weight_decay"])
-        scaler = state["scaler"]
-        if self.fp16 and scaler.get("scaler"):
-            self.scaler.load_state_dict(scaler["scaler"])
-        self.skipped.fill_(scaler.get("skipped", 0))
-        self.in_a_row.fill_(scaler.get("in_a_row", 0))
+    def load_state_dict(self, state, path="the checkpoint"):
+        """Put back a `state_dict`, less the weights. The optimizer's settings stay those of `train_cfg`.
+
+        Raises UsageError where the optimizer's state, which its kernels take unchecked, is not of these parameters.
+        """
+        own = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": self._own_state(state["optimizer"], own, path), "param_groups": own})
+        scaler, scale = state["scaler"], state["scaler"].get("scaler")
+        if self.fp16 and scale:
+            own = self.scaler.state_dict()
+            self.scaler.load_state_dict({key: type(own[key])(float(scale.get(key, own[key]))) for key in own})
+        self.skipped.fill_(scaler.get("skipped") or 0)
+        self.in_a_row.fill_(scaler.get("in_a_row") or 0)
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.ema.updates = self.step
+
+    @torch.no_grad()
+    def _own_state(self, saved, own, path):
+        """The optimizer's state of each parameter in `saved`, a state_dict, in tensors of that parameter's layout."""
+        there, here = ([(g["params"], g.get("orthogonal") is True) for g in groups]
+                       for groups in (saved["param_groups"], own))
+        parameters = dict(enumerate((p, group) for group in self.optimizer.param_groups for p in group["params"]))
+        if there != here or not saved["state"].keys() <= parameters.keys():
+            raise UsageError(f"--resume: {path}: the optimizer is of other groups of parameters")
+        state = {}
+        for k, entry in saved["state"].items():
+            p, group = parameters[k]
+            moments = ("exp_avg",) if group.get("orthogonal") else ("exp_avg", "exp_avg_sq")
+            state[k] = {"step": torch.zeros(()), **{name: torch.zeros_like(p) for name in moments}}
+            for name, tensor in state[k].items():
+                value = entry.get(name)
+                if not fits(value, tensor) or not value.isfinite().all():
+                    raise UsageError(f"--resume: {path}: {name} of the optimizer's parameter {k} is {shown(value)}; "
+                                     f"it must be a finite tensor of shape {tuple(p.shape if name != 'step' else ())}")
+                tensor.copy_(value)
+        return state
 
 
 @torch.no_grad()
