@@ -65,7 +65,7 @@ def main(argv=None):
     dataset, _, _ = libs.build_dataset(data["name"], data["split"], data["data_folder"], data["img_size"],
                                        (0, 1) if config["model"]["use_vae"] else (-1, 1), data["limit"])
     facts = {"updates_per_epoch": updates, "classes": list(dataset.classes),
-             "labels": sha256(dataset.labels.numpy()).hexdigest()[:12]}
+             "labels_sha256": sha256(dataset.labels.numpy()).hexdigest()[:12]}
     if state:
         check_data(state, resume_path, data["data_folder"], facts)
     loader = libs.build_dataloader(dataset, **config["loader"], seed=config["seed"], share=world.share)

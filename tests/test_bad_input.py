@@ -164,9 +164,9 @@ def test_resume_from_what_is_no_checkpoint(place, refused):
 
 
 def test_resume_with_other_data(place, refused):
-    refused(["--resume", place.checkpoint(classes=["cat", "cow"])], "number 1 is 'cow' there and dog in")
+    refused(["--resume", place.checkpoint(classes=["cat", "cow"])], "classes is ['cat', 'cow'] there and ['cat', 'dog'] in")
     refused(["--resume", place.checkpoint(classes=["cat", "dog"], updates_per_epoch=3)],
-            "has 3 updates an epoch", "give 2")
+            "updates_per_epoch is 3 there and 2 in")
 
 
 def test_the_latents_of_another_autoencoder(place, refused):

@@ -4,9 +4,9 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from .common import files
 from .common.checkpoint import load_checkpoint
 from .common.errors import UsageError, display_path
+from .common.files import load_tensors
 from .common.pictures import image_grid
 from .config import check_value, complete_config
 from .ddim import DDIM, ddim_timesteps
@@ -221,6 +221,6 @@ def check_autoencoder(model, state, config, path):
 
 
 def load_weights(model, state_dict, path):
-    """`files.load_weights` of a checkpoint."""
+    """Put the weights of the checkpoint `path` into the model. Raises UsageError where they do not fit."""
     state_dict = {k: v for k, v in state_dict.items() if k != "loss_weight"}  # unused, in old checkpoints
-    files.load_weights(model, state_dict, f"checkpoint {path}")
+    load_tensors(model.state_dict(), state_dict, f"checkpoint {path}")

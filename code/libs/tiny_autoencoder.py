@@ -9,8 +9,8 @@ from hashlib import sha256
 import torch
 from torch import nn
 
-from .common import files
 from .common.errors import UsageError, first_line
+from .common.files import load_tensors, read_tensors
 
 LATENT_CHANNELS = 4
 DOWNSCALE = 8
@@ -74,10 +74,10 @@ def load_weights(module, path, key):
             "python code/train_autoencoder.py configs/afhq_autoencoder.yaml")
         raise UsageError(f"{key}: no file {path}; `{command}` makes one")
     try:
-        state = files.load_tensors(path)
+        state = read_tensors(path)
     except Exception as e:  # torch raises almost anything on a file of another kind
         raise UsageError(f"{key}: {path} is no file of plain weights ({first_line(e)})") from None
-    files.load_weights(module, state, f"{key}: {path}")
+    load_tensors(module.state_dict(), state, f"{key}: {path}")
 
 
 def weights_hash(module):

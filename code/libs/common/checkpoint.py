@@ -2,7 +2,7 @@
 
 Keys: `epoch` (finished epochs), `batch` (finished batches of the next one), `step` (finished updates),
 `state_dict`, `state_dict_ema`, `optimizer`, `scaler`, `config`, what is known of the data (`updates_per_epoch`,
-`classes`, `labels`), and of a model of latents `autoencoder`, the hashes of its halves. Tensors and plain values only;
+`classes`, `labels_sha256`), and of a model of latents `autoencoder`, the hashes of its halves. Tensors and plain values only;
 SCHEMA has the rules.
 """
 
@@ -12,7 +12,7 @@ import re
 import zipfile
 
 from .errors import RunError, UsageError, display_path, first_line, shown
-from .files import atomic_file, load_tensors, save_tensors
+from .files import atomic_file, read_tensors, save_tensors
 from .rules import integer, list_of, mapping, number, optional, text
 
 FINAL = "model_final.pth.tar"
@@ -24,11 +24,10 @@ COUNT = integer(0, 2 ** 53)
 SCHEMA = {
     "epoch": COUNT, "batch": COUNT, "step": COUNT, "updates_per_epoch": COUNT,
     "ckpt_freq": integer(1, 2 ** 53), "print_freq": integer(1, 2 ** 53),
-    "config": mapping(str), "classes": list_of(text()), "labels": text(),
+    "config": mapping(str), "classes": list_of(text()), "labels_sha256": text(),
     "autoencoder": mapping(str, encoder=text(), decoder=text()),
     "state_dict": mapping(str), "state_dict_ema": mapping(str),
-    "optimizer": mapping(str, state=mapping(int, mapping(str)),
-                         param_groups=list_of(mapping(str, params=list_of(COUNT, empty=True)), empty=True)),
+    "optimizer": mapping(str, state=mapping(int)),
     "scaler": mapping(str, skipped=optional(COUNT), in_a_row=optional(COUNT), scaler=optional(mapping(str, number(0)))),
 }
 TO_RESUME = ("optimizer", "scaler", "epoch", "batch", "step", "state_dict", "state_dict_ema")
@@ -111,7 +110,7 @@ def load_checkpoint(path, config=None, resume=False):
     if not zipfile.is_zipfile(path):
         raise UsageError(f"checkpoint {path} is damaged or no checkpoint of train.py (those end in .pth.tar)")
     try:
-        state = load_tensors(path)
+        state = read_tensors(path)
     except pickle.UnpicklingError:
         raise UsageError(f"checkpoint {path} holds more than tensors and plain values; loading it could run code, "
                          "so it is refused") from None

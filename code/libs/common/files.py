@@ -3,6 +3,7 @@
 import mmap
 import os
 import pickle
+import warnings
 import zipfile
 from contextlib import contextmanager
 
@@ -39,7 +40,7 @@ def save_tensors(state, f):
         raise (e.__context__ if isinstance(e.__context__, OSError) else OSError(first_line(e))) from None
 
 
-def load_tensors(path):
+def read_tensors(path):
     """What torch.save wrote, on the CPU. Runs no code, and takes no more memory than a few times the file's size.
 
     Raises pickle.UnpicklingError for a file that holds more than tensors and plain values, and almost anything for one
@@ -55,7 +56,9 @@ def load_tensors(path):
                 raise ValueError(f"it would unpack to {size:,} bytes, and torch.save does not compress")
             if z.testzip():
                 raise zipfile.BadZipFile("wrong checksum")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of kinds of tensors that nobody here makes
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def fits(value, own):
@@ -65,13 +68,16 @@ def fits(value, own):
             and (value.dtype in FLOATS if own.is_floating_point() else value.dtype == own.dtype))
 
 
-def load_weights(module, state, source):
-    """Put a state dict from a file into `module`. UsageError unless names, shapes and kinds agree and all is finite."""
-    own, state = module.state_dict(), state if isinstance(state, dict) else {}
+@torch.no_grad()
+def load_tensors(own, state, source):
+    """Copy a dict of tensors from a file into `own`, such as a model's state_dict.
+
+    Raises UsageError unless names, shapes and kinds agree and all is finite.
+    """
+    state = state if isinstance(state, dict) else {}
     differ = [k for k in own if not fits(state.get(k), own[k])] + [k for k in state if k not in own]
     if differ:
         raise UsageError(f"{source} is of another architecture: {len(differ)} tensors differ, first {shown(differ[0])}")
-    for name, weight in state.items():
-        if not weight.float().isfinite().all():
-            raise UsageError(f"{source}: the weights {name} are not finite")
-    module.load_state_dict(dict(state))
+    for name, tensor in own.items():
+        if not tensor.copy_(state[name]).isfinite().all():
+            raise UsageError(f"{source}: {name} is not finite")

@@ -75,8 +75,7 @@ def mapping(kind, each=None, **entries):
         for rule, x in [(entries[key], v.get(key)) for key in entries] + [(each, x) for x in v.values() if each]:
             rule[1](x)
         return v
-    parts = [("each", each)] * bool(each) + list(entries.items())
-    return ", ".join([f"a dict with keys of type {kind.__name__}", *(f"{key}: {rule[0]}" for key, rule in parts)]), check
+    return f"a dict with keys of type {kind.__name__}" + f", among them {', '.join(entries)}" * bool(entries), check
 
 
 def optional(rule):

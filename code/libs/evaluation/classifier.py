@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..common.errors import UsageError, display_path
-from ..common.files import load_tensors, load_weights
+from ..common.files import load_tensors, read_tensors
 
 WEIGHTS = os.path.join(os.path.dirname(__file__), "..", "..", "..", "pretrained", "mnist_classifier.pth")
 
@@ -56,13 +56,13 @@ def load_classifier(path=WEIGHTS):
         raise UsageError(f"classifier: no file {display_path(path)}; train_classifier.py makes it")
     model = DigitClassifier()
     try:
-        saved = load_tensors(path)
+        saved = read_tensors(path)
         weights = saved["state_dict"]
         model.test_accuracy, model.recipe = float(saved["test_accuracy"]), str(saved["recipe"])
     except Exception as e:  # a foreign file fails in torch's unpickler in many ways, all with the same meaning
         raise UsageError(f"classifier: {display_path(path)} is not a file of train_classifier.py "
                          f"({type(e).__name__})") from None
-    load_weights(model, weights, f"classifier: {display_path(path)}")
+    load_tensors(model.state_dict(), weights, f"classifier: {display_path(path)}")
     return model.eval().requires_grad_(False)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from .. import config
 from ..common.cli import progress_bar
 from ..common.errors import RunError, UsageError, display_path, first_line
-from ..common.files import atomic_file, fits, load_tensors, save_tensors
+from ..common.files import atomic_file, fits, read_tensors, save_tensors
 from ..data.images import to_channels
 from ..tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, build_encoder, in_parts, load_weights
 from .classifier import WEIGHTS, file_hash, load_classifier
@@ -91,7 +91,7 @@ class InceptionExtractor(Extractor):
             raise UsageError(f"inception: no file {display_path(path)}; its weights are at {INCEPTION_URL}")
         try:
             safe = io.BytesIO()  # torch-fidelity unpickles any file: give it our own pickle of the tensors
-            torch.save(load_tensors(path), safe)
+            torch.save(read_tensors(path), safe)
             safe.seek(0)
             network = FeatureExtractorInceptionV3(self.name, [self.layer], feature_extractor_weights_path=safe)
         except Exception as e:  # a foreign file fails in torch in many ways, all with the same meaning
@@ -209,7 +209,7 @@ def cached_features(extractor, images, what):
 
 
 def _read_cache(path, key, like):
-    saved = load_tensors(path)
+    saved = read_tensors(path)
     if saved["key"] != key or not fits(saved["features"], like):
         raise ValueError("of other images or another extractor")
     return saved["features"]

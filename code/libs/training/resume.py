@@ -3,7 +3,6 @@
 import copy
 import os
 import time
-from itertools import zip_longest
 
 from ..common.checkpoint import find_checkpoint
 from ..common.errors import UsageError, display_path, shown
@@ -71,20 +70,15 @@ def check_resumable(config, state, path):
 
 def check_data(state, path, folder, facts):
     """Refuse to go on with other data than the checkpoint's. facts: what is known of these, as `RunFolder.save` gets."""
-    there, updates = facts | state, facts["updates_per_epoch"]
-    if there["updates_per_epoch"] != updates:
-        raise UsageError(f"--resume: {path} has {there['updates_per_epoch']} updates an epoch, the data in {folder} "
-                         f"give {updates}")
-    epoch, batch, step = (state[key] for key in ("epoch", "batch", "step"))
+    for key, here in facts.items():
+        there = state.get(key, here)
+        if there != here:
+            raise UsageError(f"--resume: {path} is of other data: {key} is {shown(there)} there and {shown(here)} in "
+                             f"{folder}")
+    epoch, batch, step, updates = state["epoch"], state["batch"], state["step"], facts["updates_per_epoch"]
     if batch >= updates or step != epoch * updates + batch:
-        raise UsageError(f"--resume: {path} is none of train.py's: its step is {step}, but {epoch} epochs of {updates} "
-                         f"updates and {batch} batches are finished")
-    for k, (a, b) in enumerate(zip_longest(there.get("classes", ()), facts.get("classes", ()))):
-        if a != b:
-            raise UsageError(f"--resume: {path} is of other classes: number {k} is {shown(a)} there and {b} in {folder}")
-    if there.get("labels") != facts.get("labels"):
-        raise UsageError(f"--resume: {path} is of other labels than the images in {folder} have; has one been moved to "
-                         "another class?")
+        raise UsageError(f"--resume: {path} is none of train.py's: its step is {step}, after {epoch} epochs of {updates} "
+                         f"updates and {batch} batches")
 
 
 def restore(trainer, state, path):

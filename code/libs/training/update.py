@@ -7,8 +7,8 @@ import signal
 
 import torch
 
-from ..common.errors import RunError, UsageError, shown
-from ..common.files import fits
+from ..common.errors import RunError
+from ..common.files import load_tensors
 from .optimizers import build_optimizer
 
 
@@ -171,41 +171,25 @@ class Trainer:
                 "scaler": scaler}
 
     def load_state_dict(self, state, path="the checkpoint"):
-        """Put back a `state_dict`, less the weights. The optimizer's settings stay those of `train_cfg`.
+        """Put back a `state_dict`, less the weights. The optimizer's settings stay those that `train_cfg` says now.
 
         Raises UsageError where the optimizer's state, which its kernels take unchecked, is not of these parameters.
         """
-        own = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": self._own_state(state["optimizer"], own, path), "param_groups": own})
+        saved, own = state["optimizer"]["state"], {}
+        for k, (p, group) in enumerate((p, group) for group in self.optimizer.param_groups for p in group["params"]):
+            if k in saved:
+                moments = ("exp_avg",) if group.get("orthogonal") else ("exp_avg", "exp_avg_sq")
+                own[k] = {"step": torch.zeros(()), **{name: torch.zeros_like(p) for name in moments}}
+                load_tensors(own[k], saved[k], f"--resume: {path}: the optimizer's state of parameter {k}")
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": own})
         scaler, scale = state["scaler"], state["scaler"].get("scaler")
         if self.fp16 and scale:
-            own = self.scaler.state_dict()
-            self.scaler.load_state_dict({key: type(own[key])(float(scale.get(key, own[key]))) for key in own})
+            self.scaler.load_state_dict({key: type(x)(float(scale.get(key, x)))
+                                         for key, x in self.scaler.state_dict().items()})
         self.skipped.fill_(scaler.get("skipped") or 0)
         self.in_a_row.fill_(scaler.get("in_a_row") or 0)
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.ema.updates = self.step
-
-    @torch.no_grad()
-    def _own_state(self, saved, own, path):
-        """The optimizer's state of each parameter in `saved`, a state_dict, in tensors of that parameter's layout."""
-        there, here = ([(g["params"], g.get("orthogonal") is True) for g in groups]
-                       for groups in (saved["param_groups"], own))
-        parameters = dict(enumerate((p, group) for group in self.optimizer.param_groups for p in group["params"]))
-        if there != here or not saved["state"].keys() <= parameters.keys():
-            raise UsageError(f"--resume: {path}: the optimizer is of other groups of parameters")
-        state = {}
-        for k, entry in saved["state"].items():
-            p, group = parameters[k]
-            moments = ("exp_avg",) if group.get("orthogonal") else ("exp_avg", "exp_avg_sq")
-            state[k] = {"step": torch.zeros(()), **{name: torch.zeros_like(p) for name in moments}}
-            for name, tensor in state[k].items():
-                value = entry.get(name)
-                if not fits(value, tensor) or not value.isfinite().all():
-                    raise UsageError(f"--resume: {path}: {name} of the optimizer's parameter {k} is {shown(value)}; "
-                                     f"it must be a finite tensor of shape {tuple(p.shape if name != 'step' else ())}")
-                tensor.copy_(value)
-        return state
 
 
 @torch.no_grad()
