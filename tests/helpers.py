@@ -119,7 +119,7 @@ class Place:
         weights = build_model(config).state_dict()
         folder = self.root / "old-run"
         save_checkpoint({"epoch": 1, "batch": 0, "step": 2, "config": portable(config), "state_dict": weights,
-                         "state_dict_ema": weights, "optimizer": {"state": {}, "param_groups": []}, "scaler": {}, **more},
+                         "state_dict_ema": weights, "optimizer": {"state": {}}, "scaler": {}, **more},
                         False, str(folder), "epoch_000.pth.tar")
         return folder / "epoch_000.pth.tar"
 

@@ -164,7 +164,8 @@ def test_resume_from_what_is_no_checkpoint(place, refused):
 
 
 def test_resume_with_other_data(place, refused):
-    refused(["--resume", place.checkpoint(classes=["cat", "cow"])], "classes is ['cat', 'cow'] there and ['cat', 'dog'] in")
+    refused(["--resume", place.checkpoint(classes=["cat", "cow"])],
+            "classes is ['cat', 'cow'] there and ['cat', 'dog'] in")
     refused(["--resume", place.checkpoint(classes=["cat", "dog"], updates_per_epoch=3)],
             "updates_per_epoch is 3 there and 2 in")
 

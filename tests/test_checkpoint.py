@@ -13,8 +13,9 @@ import torch
 from helpers import Evil, one_line
 from libs import RunError, UsageError, find_checkpoint, load_checkpoint, save_checkpoint
 from libs.common import checkpoint
-from libs.common.checkpoint import (FINAL, checkpoint_name, find_run, list_checkpoints, model_file,
+from libs.common.checkpoint import (FINAL, TO_RESUME, checkpoint_name, find_run, list_checkpoints, model_file,
                                     remove_old_checkpoints, set_aside_later)
+from libs.common.files import load_tensors
 from libs.config import complete_config, set_values
 from libs.training.resume import check_resumable
 
@@ -23,7 +24,7 @@ def state(epoch=1, **more):
     """What train.py saves, small."""
     return {"epoch": epoch, "batch": 0, "step": 10 * epoch, "config": {"seed": 0},
             "state_dict": {"w": torch.full((1000,), float(epoch))}, "state_dict_ema": {"w": torch.zeros(1000)},
-            "optimizer": {"state": {}, "param_groups": []}, "scaler": {}, **more}
+            "optimizer": {"state": {}}, "scaler": {}, **more}
 
 
 # ---- writing
@@ -229,6 +230,48 @@ def test_no_checkpoint(tmp_path):
         with pytest.raises(UsageError) as error:
             find_checkpoint(str(tmp_path / name))
         assert str(tmp_path / name) in one_line(error)
+
+
+LOOP = []
+LOOP.append(LOOP)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("config", [1]), ("config", {1: 2}), ("config", torch.zeros(2)), ("classes", 7), ("classes", []), ("classes", LOOP),
+    ("epoch", "x"), ("epoch", -5), ("epoch", True), ("epoch", 10 ** 5000), ("epoch", torch.ones(2, 2)), ("step", 2.0),
+    ("batch", None), ("print_freq", 0), ("ckpt_freq", "often"), ("updates_per_epoch", [2]), ("autoencoder", {}),
+    ("autoencoder", {"encoder": 1, "decoder": "a"}), ("labels_sha256", 3), ("state_dict", None), ("state_dict", [1, 2]),
+    ("state_dict_ema", {1: torch.zeros(1)}), ("optimizer", None), ("optimizer", {}), ("optimizer", {"state": [1]}),
+    ("optimizer", {"state": {"x": {}}}), ("scaler", []), ("scaler", {"skipped": "x"}),
+    ("scaler", {"in_a_row": 2 ** 70}), ("scaler", {"scaler": {"scale": "x"}}), ("scaler", {"scaler": 1})], ids=lambda x: x if isinstance(x, str) else "")
+def test_what_breaks_a_rule(tmp_path, key, value):
+    path = str(tmp_path / "epoch_000.pth.tar")
+    torch.save(state() | {key: value}, path)
+    with pytest.raises(UsageError) as error:
+        load_checkpoint(path)
+    assert f"{path}: {key} is " in one_line(error) and "it must be" in one_line(error) and len(one_line(error)) < 600
+
+
+@pytest.mark.parametrize("key", TO_RESUME)
+def test_what_resuming_needs(tmp_path, key):
+    path = str(tmp_path / "epoch_000.pth.tar")
+    torch.save({k: v for k, v in state().items() if k != key}, path)
+    load_checkpoint(path)
+    with pytest.raises(UsageError, match=f"holds no {key}"):
+        find_checkpoint(path)
+
+
+@pytest.mark.parametrize("value", [
+    3, None, [0.0] * 4, torch.zeros(5), torch.zeros(1).expand(10 ** 12), torch.zeros(4).long(), torch.zeros(4) + 0j,
+    torch.zeros(4).to_sparse(), torch.zeros(4, device="meta"), torch.tensor([0, 0, 0, float("nan")]),
+    torch.full((4,), 1e300, dtype=torch.float64)], ids=lambda x: "")
+def test_tensors_that_do_not_fit(value):
+    for given in ({"w": value}, {"w": torch.zeros(4), "v": value}, value):
+        with pytest.raises(UsageError, match="^here(: w is not finite| is of another architecture)"):
+            load_tensors({"w": torch.zeros(4)}, given, "here")
+    own = {"w": torch.zeros(2, 2), "n": torch.tensor(0)}
+    load_tensors(own, {"w": torch.nn.Parameter(torch.ones(1).half().expand(2, 2)), "n": torch.tensor(3)}, "here")
+    assert own["w"].tolist() == [[1, 1], [1, 1]] and own["w"].dtype == torch.float32 and own["n"] == 3
 
 
 # ---- what a run can be resumed with

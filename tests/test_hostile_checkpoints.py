@@ -84,49 +84,24 @@ def largest_state(name, value):
     return change
 
 
-def of_optimizer(change):
-    return lambda state: change(state["optimizer"])
-
-
-LOOP = []
-LOOP.append(LOOP)
-
+# the rules for one key at a time are tested in test_checkpoint.py
 CASES = {
     "no scaler": (without("scaler"), "scaler"), "no step": (without("step"), "step"),
-    "no epoch": (without("epoch"), "epoch"), "no optimizer": (without("optimizer"), "optimizer"),
-    "no averages": (without("state_dict_ema"), "state_dict_ema"),
-    "config None": (with_(config=None), "config"), "config list": (with_(config=[1]), "config"),
-    "config tensor": (with_(config=torch.zeros(2)), "config"),
-    "config model": (lambda s: s["config"].update(model=3), "model"),
-    "config key": (lambda s: s["config"].update({7: 8}), "config"),
-    "classes number": (with_(classes=7), "classes", 7), "classes loop": (with_(classes=LOOP), "classes"),
+    "config None": (with_(config=None), "config"), "config key": (lambda s: s["config"].update({7: 8}), "config"),
+    "classes number": (with_(classes=7), "classes", 7),
     "epoch text": (with_(epoch="x"), "epoch", "'x'"), "epoch negative": (with_(epoch=-5), "epoch", -5),
-    "epoch bool": (with_(epoch=True), "epoch", True), "epoch huge": (with_(epoch=10 ** 5000), "epoch"),
-    "epoch tensor": (with_(epoch=torch.ones(())), "epoch"), "step float": (with_(step=2.0), "step", 2.0),
-    "step other": (with_(step=7), 7), "batch other": (with_(batch=5, step=7), 7), "batch None": (with_(batch=None), "batch"),
-    "print_freq": (with_(print_freq=0), "print_freq", 0), "ckpt_freq": (with_(ckpt_freq="often"), "ckpt_freq", "often"),
-    "updates": (with_(updates_per_epoch=[2]), "updates_per_epoch"),
-    "scaler list": (with_(scaler=[]), "scaler"), "skipped": (with_(scaler={"skipped": "x"}), "scaler", "'x'"),
-    "skipped huge": (with_(scaler={"in_a_row": 2 ** 70}), "scaler"),
-    "weights None": (with_(state_dict=None), "state_dict"), "weights list": (with_(state_dict=[1, 2]), "state_dict"),
-    "weights keys": (with_(state_dict={1: torch.zeros(1)}), "state_dict"),
-    "weight number": (weight(3), KERNEL), "weight None": (weight(None), KERNEL),
-    "weight shape": (weight(torch.zeros(1).expand(LAST)), KERNEL), "weight int": (weight("int"), KERNEL),
+    "step other": (with_(step=7), 7), "skipped": (with_(scaler={"skipped": "x"}), "scaler", "'x'"),
+    "weight number": (weight(3), KERNEL), "weight expanded": (weight(torch.zeros(1).expand(LAST)), KERNEL),
     "weight sparse": (weight("sparse"), KERNEL), "weight meta": (weight("meta"), KERNEL),
     "weight quantized": (weight("quantized"), KERNEL), "weight nested": (weight("nested"), KERNEL),
-    "weight complex": (weight("complex"), KERNEL), "weight NaN": (weight("nan"), KERNEL, "finite"),
+    "weight NaN": (weight("nan"), KERNEL, "finite"),
     "exp_avg short": (largest_state("exp_avg", torch.zeros(3)), "exp_avg", "optimizer"),
-    "exp_avg long": (largest_state("exp_avg", torch.zeros(1).expand(LAST)), "exp_avg", "optimizer"),
-    "exp_avg_sq list": (largest_state("exp_avg_sq", [0.0]), "exp_avg_sq", "optimizer"),
-    "optimizer step": (largest_state("step", torch.zeros(2)), "step", "optimizer"),
-    "optimizer step text": (largest_state("step", "x"), "step", "optimizer"),
-    "optimizer None": (with_(optimizer=None), "optimizer"), "optimizer empty": (with_(optimizer={}), "optimizer"),
-    "state list": (of_optimizer(lambda o: o.update(state=[1])), "optimizer"),
-    "state keys": (of_optimizer(lambda o: o["state"].update(x={})), "optimizer"),
+    "optimizer step": (largest_state("step", "x"), "step", "optimizer"),
+    "state list": (lambda s: s["optimizer"].update(state=[1]), "optimizer"),
 }
-KINDS = {"int": lambda w: w.long(), "sparse": lambda w: w.to_sparse(), "meta": lambda w: w.to("meta"),
+KINDS = {"sparse": lambda w: w.to_sparse(), "meta": lambda w: w.to("meta"),
          "quantized": lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "nan": lambda w: w * torch.nan,
-         "complex": lambda w: w + 0j, "nested": lambda w: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])}
+         "nested": lambda w: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])}
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +123,7 @@ def outcomes(place, tmp_path_factory):
                 warnings.simplefilter("ignore")  # quantized and nested tensors are on their way out, or in
                 weights[KERNEL] = KINDS[weights[KERNEL]](kernel)
         path = write(root / str(k), state)
-        running.append((case, path, contents(path.parent), start("train.py", "--resume", path)))
+        running.append((case, path, contents(path.parent), start("train.py", place.config, "--resume", path)))
         if len(running) == 3:
             finish()
     while running:
@@ -175,14 +150,14 @@ def test_a_state_of_another_layout_is_only_copied(place, tmp_path):
     state["optimizer"]["param_groups"][0] |= {"lr": "x", "eps": None, "fused": 3, "betas": 7, "params": torch.zeros(2)}
     path = tmp_path / "epoch_000.pth.tar"
     torch.save(state, path)
-    r = command("train.py", "--resume", path)
+    r = command("train.py", place.config, "--resume", path)
     assert r.status == 0 and "done" in r.out, r
 
 
 def test_no_resuming_beyond_the_end(place):
     """It would never end: the last epoch is never reached."""
     before = contents(place.run)
-    r = command("train.py", "--resume", place.run, "--set", "train_cfg.epochs=1", seconds=8)
+    r = command("train.py", place.config, "--resume", place.run, "--set", "train_cfg.epochs=1", seconds=8)
     assert r.status == 2 and "train_cfg.epochs" in r.message and contents(place.run) == before
 
 
@@ -251,12 +226,12 @@ def test_resuming_knows_the_labels(place, tmp_path):
     """An image that was moved to another class leaves number and classes as they are."""
     moved, path = images(tmp_path / "images", {"cat": 1, "dog": 3}), write(tmp_path / "run", place.state())
     before = contents(path.parent)
-    r = command("train.py", "--resume", path, "--set", f"dataset.data_folder={moved}")
+    r = command("train.py", place.config, "--resume", path, "--set", f"dataset.data_folder={moved}")
     assert r.status == 2 and "labels" in r.message and str(moved) in r.message and contents(path.parent) == before
     older = {key: value for key, value in place.state().items() if key != "labels_sha256"}
     torch.save(older, path)
     (tmp_path / "run" / "epoch_001.pth.tar").unlink()
-    assert command("train.py", "--resume", path, "--set", f"dataset.data_folder={moved}").status == 0
+    assert command("train.py", place.config, "--resume", path, "--set", f"dataset.data_folder={moved}").status == 0
 
 
 def test_a_run_keeps_its_paths_and_an_export_none(place, tmp_path):
@@ -306,7 +281,7 @@ def test_a_clone_looks_for_data_in_itself(tmp_path):
                  *(config["model"][f"vae_{half}_weights"] for half in ("encoder", "decoder"))]
         assert all(path is None or path.startswith("../") and ".." not in path[3:] for path in paths)
     calls = [["evaluate.py", model, "--num", "200"] for model in models]
-    calls += [["sample.py", model, "--steps", "1", "--num", "1", "--labels", "0", "--output", f"{k}.png", "--device", "cpu"]
+    calls += [["sample.py", model, *f"--steps 1 --num 1 --labels 0 --device cpu --output {k}.png".split()]
               for k, model in enumerate(models)]
     nowhere = "http://127.0.0.1:9"
     done = subprocess.run([sys.executable, "-c", DRIVER, json.dumps(calls)], cwd=clone, capture_output=True, text=True,

@@ -352,7 +352,7 @@ def test_mistakes_are_one_line_and_leave_nothing(script, tmp_path):
     (tmp_path / "r.json").touch()
     for arguments, *says in (
             (["--set", f"dataset.data_folder={tmp_path / 'nowhere'}"], "dataset.data_folder: no folder", "nowhere"),
-            (["--set", f"model.vae_decoder_weights={tmp_path / 'e.pth'}"], "model.vae_decoder_weights: ", "another architecture"),
+            (["--set", f"model.vae_decoder_weights={tmp_path / 'e.pth'}"], "model.vae_decoder_weights: ", "another arch"),
             (["--evaluate", tmp_path / "no.pth", "d", "--output", tmp_path / "a.json"], "no file", "no.pth"),
             (["--evaluate", "e", "d", "--output", "a"], "--output: a must end in .json"),
             (["--evaluate", "e", "d", "--dry-run"], "--evaluate", "--dry-run"),

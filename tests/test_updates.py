@@ -240,3 +240,18 @@ def test_graphs_are_recorded_for_what_training_calls(kind, time, monkeypatch):
     device._record(model, lambda: device._trial_loss(model, images, CPU, torch.bfloat16, 3), torch.bfloat16)
     assert seen == [model.model, False, torch.bfloat16, ((3, 1, 8, 8), torch.float32), ((3,), torch.long), ((3,), time)]
     assert not model.model._forward_pre_hooks
+
+
+def test_averages_and_sizes_are_checked_too():
+    t = trainer()
+    with torch.no_grad():
+        next(t.ema.module.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(RunError, match="weights up to nan .*; resume from x with a lower train_cfg.lr"):
+        t.check_weights("x")
+    t = trainer()
+    with torch.no_grad():
+        t.parameters[2].view(-1)[0] = -65504
+        t.check_weights(None)  # fp16's largest
+        t.parameters[2].view(-1)[0] = -3e10
+    with pytest.raises(RunError, match=r"weights up to 3e\+10"):
+        t.check_weights(None)

@@ -1,9 +1,8 @@
 """Checkpoints: written whole or not at all, and read without running code.
 
 Keys: `epoch` (finished epochs), `batch` (finished batches of the next one), `step` (finished updates),
-`state_dict`, `state_dict_ema`, `optimizer`, `scaler`, `config`, what is known of the data (`updates_per_epoch`,
-`classes`, `labels_sha256`), and of a model of latents `autoencoder`, the hashes of its halves. Tensors and plain values only;
-SCHEMA has the rules.
+`state_dict`, `state_dict_ema`, `optimizer`, `scaler`, `config`, of the data `updates_per_epoch`, `classes`,
+`labels_sha256`, and of a model of latents `autoencoder`, the hashes of its halves. Tensors and plain values only.
 """
 
 import os

@@ -69,7 +69,7 @@ def check_resumable(config, state, path):
 
 
 def check_data(state, path, folder, facts):
-    """Refuse to go on with other data than the checkpoint's. facts: what is known of these, as `RunFolder.save` gets."""
+    """Refuse to go on with other data than the checkpoint's. facts: of these data, as they are saved."""
     for key, here in facts.items():
         there = state.get(key, here)
         if there != here:
@@ -77,8 +77,8 @@ def check_data(state, path, folder, facts):
                              f"{folder}")
     epoch, batch, step, updates = state["epoch"], state["batch"], state["step"], facts["updates_per_epoch"]
     if batch >= updates or step != epoch * updates + batch:
-        raise UsageError(f"--resume: {path} is none of train.py's: its step is {step}, after {epoch} epochs of {updates} "
-                         f"updates and {batch} batches")
+        raise UsageError(f"--resume: {path} is none of train.py's: its step is {step}, after {epoch} epochs of "
+                         f"{updates} updates and {batch} batches")
 
 
 def restore(trainer, state, path):

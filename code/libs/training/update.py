@@ -103,7 +103,7 @@ class Trainer:
     """
 
     LIMIT = 20  # updates left out in a row, after which training stops
-    LARGEST = torch.finfo(torch.float16).max  # weight that fp16 can hold, 65,504; those of a trained model reach 3 or so
+    LARGEST = torch.finfo(torch.float16).max  # weight that fp16 can hold, 65,504; a trained model's reach about 3
 
     def __init__(self, model, cfg, device, precision, total_steps, is_hidden=None):
         self.model, self.cfg, self.device, self.total_steps = model, cfg, device, total_steps
@@ -153,8 +153,7 @@ class Trainer:
 
     @torch.no_grad()
     def check_weights(self, last_checkpoint):
-        """Raise RunError where weights, or their averages, are not finite or far too large: the checkpoint before is
-        better."""
+        """Raise RunError where weights or their averages are far too large: the checkpoint before is better."""
         named = [*self.model.named_parameters(), *self.ema.module.named_parameters()]
         for (name, _), size in zip(named, torch.stack([p.abs().max() for _, p in named]).tolist()):
             if not size <= self.LARGEST:
