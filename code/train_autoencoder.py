@@ -61,7 +61,6 @@ def main(argv=None):
     device = pick_device(config["devices"])
     precision = pick_precision(config["dtype"], device)
 
-
     # ---- 2. Model
     _, num_images = describe_dataset(data["name"], "train", data["data_folder"], data["limit"])
     model = TrainedTAESD(config["model"]["vae_encoder_weights"], config["model"]["vae_decoder_weights"])

@@ -9,9 +9,10 @@ from .common.checkpoint import load_checkpoint
 from .common.errors import UsageError, display_path
 from .common.memory import check_memory
 from .common.pictures import image_grid
-from .config import check_value, complete_config
+from .config import SETTINGS, check_value, complete_config
 from .ddim import DDIM, ddim_timesteps
 from .ddpm import DDPM
+from .diffusion import Diffusion
 from .edm import EDM
 from .samplers import SOLVERS, guidance_at, image_generator, karras_sigmas
 
@@ -181,9 +182,10 @@ def build_model(config, training=None):
     Raises UsageError when it cannot be built or drawn from, or when there is not the memory.
     """
     kind, settings = MODELS[config["model_name"]], config["model"]
+    common = {key: value for key, value in settings.items() if f"model.{key}" in SETTINGS and "weights" not in key}
     with torch.device("meta"):  # where weights have a shape only
-        unet = kind(**settings | {"vae_encoder_weights": None, "vae_decoder_weights": None}).model
-    n, remedy = sum(p.numel() for p in unet.parameters()), "lower model.dim, model.dim_mults or model.context_dim"
+        weights = Diffusion(**common).model.parameters()
+    n, remedy = sum(w.numel() for w in weights), "lower model.dim, model.dim_mults or model.context_dim"
     check_memory(4 * n, f"a network of {n:,} parameters", remedy)
     if training:  # gradients, average and two moments too
         check_memory(20 * n, f"training a network of {n:,} parameters", remedy, training)
