@@ -53,6 +53,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.profile and (args.json or args.compare):
         raise UsageError(f"--{'json' if args.json else 'compare'}: not with --profile, which makes another table")
+    if not 0 < args.seconds <= 3600:
+        raise UsageError(f"--seconds: {args.seconds}; right are more than 0, up to 3600")
     if args.json:
         check_output(args.json, args.overwrite, "--json")
     return args
@@ -110,7 +112,7 @@ def measure_all(configs, args):
     results = {}
     print(f"{args.rounds} rounds of {len(jobs)} measurements, each in a process of its own", flush=True)
     with progress_bar(args.rounds * len(jobs), "measurement") as bar:
-        for path, kind, width in jobs * args.rounds:
+        for path, kind, width in (job for _ in range(args.rounds) for job in jobs):
             for name, figures in measure_apart(path, kind, width, args).items():
                 results.setdefault((path, name), []).append(figures)
             bar.update()

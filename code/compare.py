@@ -17,12 +17,13 @@ import torch
 
 from libs.common.checkpoint import load_checkpoint, model_file
 from libs.common.cli import Parser, positive, progress_bar, run
-from libs.common.errors import UsageError, display_path
+from libs.common.errors import UsageError, display_path, shown
+from libs.config import parse_setting
 from libs.evaluation.classifier import file_hash
-from libs.evaluation.comparison import Results, draw_samples, grouped, markdown_table, mean, means, parse_setting
+from libs.evaluation.comparison import Results, draw_samples, grouped, markdown_table, mean, means
 from libs.evaluation.report import (FLOORS, RealImages, denoising_error, distances_to_all, evaluate, labels_like,
                                     scalars)
-from libs.models import model_from, network_calls, sampling_settings
+from libs.models import check_images, model_from, network_calls, sampling_settings
 from libs.training.device import memory_format, pick_device
 
 SIGMAS = [0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0]  # where latents have a deviation of about 1
@@ -94,8 +95,10 @@ def compare_samplers(args):
     model, settings = trained.model, trained.settings(args.settings)
     results = Results(args.output, ["rows"], sampler_tables)
     device = pick_device([args.device])
+    results.require(num=args.num, device=str(device))  # before the slow work
+    check_images(args.num, trained.config, "--num")
     real = trained.real_images(device)
-    results.require(num=args.num, data=real.train.digest()[:12], extractor_hash=real.extractor.hash, device=str(device))
+    results.require(data=real.train.digest()[:12], extractor_hash=real.extractor.hash)
 
     # 2. what is left to draw
     todo = [(seed, setting) for seed in range(args.seeds) for setting in settings
@@ -157,9 +160,10 @@ def compare_runs(args):
     texts = settings_by_kind(args.sampler, {trained.config["model_name"] for trained in runs})
     jobs = [(trained, trained.settings(texts[trained.config["model_name"]])) for trained in runs]
     device = pick_device([args.device])
+    results.require(num=args.num, seed=args.seed, sigmas=SIGMAS, device=str(device))
+    check_images(args.num, runs[0].config, "--num")
     real = runs[0].real_images(device)
-    results.require(num=args.num, seed=args.seed, data=real.train.digest()[:12], extractor_hash=real.extractor.hash,
-                    sigmas=SIGMAS, device=str(device))
+    results.require(data=real.train.digest()[:12], extractor_hash=real.extractor.hash)
     facts = {"metric": real.extractor.metric, **real.floors_to_all(args.num), "torch": torch.__version__}
     latents = real_latents(runs[0].model.to(device, memory_format=memory_format(device)), real, device)
     labels = labels_like(real.test.labels, len(real.train.classes), args.num)
@@ -205,7 +209,7 @@ def settings_by_kind(texts, kinds):
     for text in texts:
         kind, _, setting = text.partition("=")
         if kind not in kinds:
-            raise UsageError(f"--sampler: {text!r} must begin with the kind of one of the runs, "
+            raise UsageError(f"--sampler: {shown(text)} must begin with the kind of one of the runs, "
                              f"{' or '.join(sorted(kinds))}, as in EDM=heun:10")
         settings[kind].append(setting)
     return settings

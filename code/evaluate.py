@@ -23,7 +23,7 @@ from libs.data.images import ImageSet, read_images
 from libs.evaluation import EXTRACTORS, RealImages, evaluate, labels_like, scalars
 from libs.evaluation.comparison import draw_samples
 from libs.evaluation.memorization import LEAST
-from libs.models import model_from, network_calls, sampling_settings
+from libs.models import check_images, model_from, network_calls, sampling_settings
 from libs.training.device import memory_format, pick_device
 
 
@@ -74,6 +74,7 @@ def main(argv=None):
     for path in (json_path, png_path):
         check_output(path, args.overwrite)
     check_count(args, args.num, "--num")
+    check_images(args.num if model else 0, config, "--num")
     if config["dataset"]["split"] != "train" and not args.no_memorization:
         raise UsageError(f"dataset.split: {args.source} was trained on the {config['dataset']['split']} images, which "
                          "the search for copies takes for unseen ones; give --no-memorization")

@@ -15,7 +15,6 @@ import os
 import re
 import statistics
 
-import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from libs.common.checkpoint import find_run
@@ -23,6 +22,7 @@ from libs.common.cli import Parser, check_output, positive, run
 from libs.common.errors import UsageError, display_path, first_line
 from libs.common.files import atomic_file
 from libs.common.pictures import CAPTION
+from libs.config import check_value, read_yaml
 from libs.training.autoencoder import GRID_ROW
 from libs.training.autoencoder import NAME as AUTOENCODER
 
@@ -50,11 +50,11 @@ def parse_args(argv=None):
 def read_config(folder):
     """(images in a batch, images in each row of a grid)"""
     try:
-        with open(os.path.join(folder, "config.txt"), encoding="utf-8") as f:
-            config = yaml.safe_load(f)
-        per_row = GRID_ROW if config["model_name"] == AUTOENCODER else config["train_cfg"]["num_eval_samples"]
-        return config["loader"]["batch_size"], per_row
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as e:
+        config = read_yaml(os.path.join(folder, "config.txt"))
+        per_row = check_value("train_cfg.num_eval_samples", config["train_cfg"]["num_eval_samples"])
+        return (check_value("loader.batch_size", config["loader"]["batch_size"]),
+                GRID_ROW if config["model_name"] == AUTOENCODER else per_row)
+    except (ValueError, KeyError, TypeError) as e:
         raise UsageError(f"{folder} is no run folder: its config.txt cannot be read ({first_line(e)})") from None
 
 
@@ -93,7 +93,7 @@ def samples_by_epoch(folder, per_row, n, columns):
     grids = sorted((int(match[1]) + 1, os.path.join(folder, match[0])) for match in found if match)
     if not grids:
         return None
-    parts = []
+    parts, n = [], min(n, len(grids))
     for k in sorted({round(k * (len(grids) - 1) / max(n - 1, 1)) for k in range(n)}):
         epoch, path = grids[k]
         with Image.open(path) as picture:
@@ -223,14 +223,14 @@ def run_figures(folder, epochs, columns):
 
 def comparison_figures(path):
     """The same for a JSON file of `compare.py samplers`."""
+    name = os.path.splitext(os.path.basename(path))[0] + ".pdf"
     try:
         with open(path, encoding="utf-8") as f:
-            results = json.load(f)
-    except ValueError:
-        results = None
-    if not isinstance(results, dict) or not {"rows", "n", "floor"} <= results.keys():
-        raise UsageError(f"{path} is no file of compare.py samplers")
-    return {os.path.splitext(os.path.basename(path))[0] + ".pdf": plot_samplers(results)}
+            return {name: plot_samplers(json.load(f))}
+    except UsageError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        raise UsageError(f"{path} is no file of compare.py samplers") from None
 
 
 def write(path, content):
@@ -248,7 +248,7 @@ def write(path, content):
 def main(argv=None):
     args = parse_args(argv)
     source = find_run(args.source)
-    if not os.path.exists(source):
+    if not os.path.isfile(source) and not os.path.isdir(source):
         raise UsageError(f"{args.source}: no such run folder or file")
     if os.path.isdir(source):
         folder, figures = os.path.join(source, "figures"), run_figures(source, args.epochs, args.columns)

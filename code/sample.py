@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from libs.common.checkpoint import load_checkpoint, model_file
 from libs.common.cli import Parser, check_output, positive, run
-from libs.common.errors import UsageError, display_path
-from libs.config import add_sampler_flags, load_config, sampler_flags
+from libs.common.errors import UsageError, display_path, shown
+from libs.config import add_sampler_flags, load_config, parse_setting, sampler_flags
 from libs.common.pictures import folder_names, grid, sheet, write_folder, write_gif, write_png
 from libs.common.seeds import image_noise
 from libs.data.images import to_uint8, write_npz
-from libs.models import draw_images, model_from, network_calls, sampling_settings
+from libs.models import check_images, draw_images, model_from, network_calls, sampling_settings
 from libs.training.device import memory_format, pick_device
 
 FRAMES = 40  # of an animation, at most
@@ -48,7 +48,7 @@ def parse_args(argv=None):
                         "evaluate.py; FILE.gif: the denoising;\nFOLDER/: single PNG files (default samples.png)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     args = parser.parse_args(argv)
-    if args.compare and (args.sampler or args.steps):
+    if args.compare is not None and (args.sampler or args.steps):
         raise UsageError("--compare: it names samplers and steps itself, so leave out --sampler and --steps")
     if args.interpolate and args.num:
         raise UsageError("--interpolate: it draws one row per class, so leave out --num")
@@ -63,7 +63,7 @@ def kind_of_output(path, overwrite):
         path = os.path.realpath(path)
         if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path):
             raise UsageError(f"--output: {display_path(path)} exists; a folder for images must be new or empty")
-        check_output(path, overwrite=True)
+        check_output(f"{path}.partial", overwrite=True)  # which pictures.write_folder makes beside it
         return "folder"
     kind = os.path.splitext(path)[1][1:]
     if kind not in ("png", "npz", "gif"):
@@ -75,17 +75,8 @@ def kind_of_output(path, overwrite):
 def parse_labels(text, num_classes):
     try:
         return torch.tensor([int(x) for x in text.split(",")]) if text else torch.arange(num_classes)
-    except ValueError:
-        raise UsageError(f"--labels: {text!r} is no list of integers such as 3,1,4") from None
-
-
-def parse_samplers(text):
-    """ "ddim:10,heun" -> [{"sampler": "ddim", "steps": 10}, {"sampler": "heun", "steps": None}] """
-    parts = [part.partition(":") for part in text.split(",")]
-    try:
-        return [{"sampler": name, "steps": int(steps) if colon else None} for name, colon, steps in parts]
-    except ValueError:
-        raise UsageError(f"--compare: {text!r} is no list such as ddim:10,ddim:50,heun:9") from None
+    except (ValueError, RuntimeError):  # RuntimeError: more than 64 bits
+        raise UsageError(f"--labels: {shown(text)} is no list of integers such as 3,1,4") from None
 
 
 def without_fresh_noise(model, config, given):
@@ -140,16 +131,21 @@ def main(argv=None):
     classes = parse_labels(args.labels, model.num_classes)
     model.check_labels(classes)
     columns = args.interpolate or args.num or (1 if args.compare else 10)
-    labels, given = classes.repeat(columns), sampler_flags(args)
+    given = sampler_flags(args)
     if args.interpolate:
         choices = [without_fresh_noise(model, config, given)]
     else:
-        choices = [sampling_settings(model, config, **given | chosen)
-                   for chosen in (parse_samplers(args.compare) if args.compare else [{}])]
+        chosen = [{}] if args.compare is None else map(parse_setting, args.compare.split(","))
+        choices = [sampling_settings(model, config, **given | settings) for settings in chosen]
     folders = folder_names(state.get("classes"), model.num_classes)
     keep, steps = [], choices[0]["steps"]
     if kind == "gif":
         keep = torch.linspace(1, steps, min(steps, FRAMES)).round().long().tolist()
+
+    zoom = max(1, 64 // config["model"]["img_shape"][-1]) if kind in ("png", "gif") else 1  # of image_grid
+    check_images(columns * len(classes), config, "--interpolate" if args.interpolate else "--num",
+                 zoom ** 2 * (2 * (len(choices) + len(keep)) + 4) + (20 if args.interpolate or keep else 0))  # 20: noise
+    labels = classes.repeat(columns)
 
     # ---- 2. What is going to happen
     device = pick_device([args.device])

@@ -48,7 +48,7 @@ def main(argv=None):
         raise UsageError(f"model.num_classes is {config['model']['num_classes']}, but the data set {data['name']} "
                          f"in {data['data_folder']} has {num_classes} classes")
     config["model"]["num_classes"] = num_classes
-    model = libs.build_model(config)
+    model = libs.build_model(config, training=device)
     if state:
         check_autoencoder(model, state, config, resume_path)
     world.share(config["loader"]["batch_size"], num_images)

@@ -110,7 +110,10 @@ def main(argv=None):
     sampling = config["sample_cfg"]
     height, width, scale = sampling["height"], sampling["width"], sampling["guidance_scale"]
     steps = sampling["steps"] = check_settings(sampling["sampler"], sampling["steps"], height, width)
-    jobs = [(prompt, args.seed + k) for prompt in read_prompts(args) for k in range(args.num)]
+    prompts = read_prompts(args)
+    if len(prompts) * args.num > 10 ** 5:
+        raise UsageError(f"--num: {args.num:,} of {len(prompts):,} prompts are more than 100,000 pictures")
+    jobs = [(prompt, args.seed + k) for prompt in prompts for k in range(args.num)]
     names = file_names(args.output, len(jobs), args.overwrite)
     taesd = load_taesd(config["taesd_decoder"]) if args.vae == "taesd" else None
     device = pick_device(config["devices"])

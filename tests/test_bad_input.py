@@ -1,8 +1,10 @@
 """A user's mistakes, given to train.py: one line that names them, exit status 2, and nothing written."""
 
+import os
 import struct
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ import torch
 import export
 import train
 from helpers import Evil, Place, one_line
-from libs import RunError, UsageError, datasets, load_model
+from libs import RunError, UsageError, build_model, datasets, load_config, load_model
+from libs.common import memory
 from libs.common.cli import run
 from libs.config import CODE
 from libs.tiny_autoencoder import TAESD, build_decoder
@@ -222,6 +225,46 @@ def test_exit_status(result, status, capsys):
     printed = capsys.readouterr()
     assert end.value.code == status and printed.out == "" and printed.err.count("\n") == (status in (1, 2))
     assert status not in (1, 2) or str(result) in printed.err
+
+
+@pytest.mark.parametrize("error, words", [
+    (MemoryError(), "MemoryError"), (RecursionError("too deep"), "too deep"), (UsageError("a\nb\x1b[31m"), "a\\nb\\x1b[31m"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes"), "10 bytes")])
+def test_one_line_whatever_happened(error, words, capsys):
+    def main():
+        warnings.warn("first\nsecond")
+        raise error
+
+    with pytest.raises(SystemExit) as end, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *args, **_: sys.stderr.write(warnings.formatwarning(*args[:4]))  # pytest records
+        run(main)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "warning: first\\nsecond" and second.endswith(words)
+    assert end.value.code == (2 if isinstance(error, UsageError) else 1)
+
+
+def test_a_closed_pipe_ends_quietly(monkeypatch, capfd):
+    """As of `python sample.py ... | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stdout, pytest.raises(SystemExit) as end:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        run(lambda: print("drawing"))
+    assert end.value.code == 1 and capfd.readouterr().err == ""
+
+
+def test_memory_is_checked_before_a_model_is_built(place, monkeypatch):
+    config = load_config(str(place.config), ["model.num_classes=2"])
+    size = sum(4 * p.numel() for p in build_model(config).model.parameters())
+    monkeypatch.setattr(memory, "available_memory", lambda device: 5 * size - 1)
+    build_model(config)
+    with pytest.raises(UsageError, match="memory: training a network of .* lower model.dim"):
+        build_model(config, training=torch.device("cpu"))
+    config["eval"].update(every=1, num=10 ** 7)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 5 * size)
+    with pytest.raises(UsageError, match="memory: drawing 10,000,000 images .* lower eval.num"):
+        build_model(config, training=torch.device("cpu"))
 
 
 def test_other_errors_are_ours_and_keep_their_traceback():

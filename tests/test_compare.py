@@ -11,9 +11,9 @@ import torch
 import compare
 from helpers import Place, one_line
 from libs.common.errors import UsageError
-from libs.config import CODE
+from libs.config import CODE, parse_setting
 from libs.data.images import ImageSet, to_uint8
-from libs.evaluation.comparison import Results, parse_setting
+from libs.evaluation.comparison import Results
 from libs.evaluation.fid import fit_gaussian, frechet_distance
 from libs.evaluation.report import RealImages, denoising_error, evaluate, labels_like
 from libs.models import draw_images, load_model, sampling_settings
@@ -195,8 +195,10 @@ def test_settings(text, setting):
     (["runs", 5], "its classes are not those of the data set"),
 ])
 def test_bad_input(models, tmp_path, monkeypatch, arguments, message):
-    (tmp_path / "runs.json").write_text('{"errors": [], "rows": []}')
-    (tmp_path / "num.json").write_text('{"num": 9, "rows": []}')
+    (tmp_path / "runs.json").write_text('{"errors": [], "rows": [], "sigmas": []}')
+    row = {"hash": "0", "model": "a", "way": {"sampler": "heun", "steps": 9}, "network_calls": 17}
+    facts = {"num": 9, "metric": "FD", "n": 9, "floor": 1.0, "device": "cpu", "torch": "2.4"}
+    (tmp_path / "num.json").write_text(json.dumps({"rows": [row], **facts}))
     (tmp_path / "notes.md").write_text("notes")
     before = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)

@@ -4,10 +4,9 @@ import argparse
 import copy
 import os
 
-import yaml
-
-from .common.cli import interval, positive
-from .common.errors import UsageError
+from .common.cli import positive
+from .common.errors import UsageError, shown
+from .common.reading import CHARACTERS, parse_yaml
 from .common.rules import boolean, check, device, integer, list_of, nearest_word, number, one_of, optional, text
 
 # relative paths in a config are taken from this folder, code/, wherever a command is started
@@ -41,23 +40,23 @@ SETTINGS = {
     "dataset.split": ("train", one_of("train", "test", "val")),
     "dataset.data_folder": ("../data", text()),
     # side of the square images; null: the data's own, 128 for photographs
-    "dataset.img_size": (None, optional(integer(8))),
+    "dataset.img_size": (None, optional(integer(8, 4096))),
     # train on this many images, spread evenly over the set; null: all
     "dataset.limit": (None, optional(integer(2))),
     # with use_vae: encode this many random crops of each image (and their mirror images) once, and learn from those:
     # updates are far faster, the augmentation is coarser. 0: encode anew in every update, each time another crop
-    "dataset.latent_crops": (4, optional(integer(0))),
+    "dataset.latent_crops": (4, optional(integer(0, 1000))),
 
-    "loader.batch_size": (64, integer(1)),
+    "loader.batch_size": (64, integer(1, 10 ** 4)),
     # threads that decode image files, where the data do not fit in memory
-    "loader.num_workers": (4, integer(0)),
+    "loader.num_workers": (4, integer(0, 1000)),
 
-    "model.img_shape": (None, optional(list_of(integer(1), 3))),  # filled in from the data set
-    "model.num_classes": (None, optional(integer(1))),            # filled in from the data set
-    "model.timesteps": (1000, integer(1)),
-    "model.dim": (64, integer(8)),                                # channels at the finest level
-    "model.context_dim": (64, integer(1)),                        # width of the label embedding
-    "model.dim_mults": ([1, 2, 4], list_of(integer(1))),          # channels of each level, in units of dim
+    "model.img_shape": (None, optional(list_of(integer(1, 4096), 3))),  # filled in from the data set
+    "model.num_classes": (None, optional(integer(1, 10 ** 6))),   # filled in from the data set
+    "model.timesteps": (1000, integer(1, 10 ** 5)),
+    "model.dim": (64, integer(8, 8192)),                          # channels at the finest level
+    "model.context_dim": (64, integer(1, 10 ** 5)),               # width of the label embedding
+    "model.dim_mults": ([1, 2, 4], list_of(integer(1, 1000))),    # channels of each level, in units of dim
     # levels with a transformer, 0 being the finest; the middle always has one
     "model.attn_levels": ([0, 1], list_of(integer(0), empty=True)),
     # diffuse the latents of an autoencoder instead of pixels
@@ -69,12 +68,12 @@ SETTINGS = {
     "model.dropout": (0.0, number(0, 0.99)),
     "model.label_in_time": (False, boolean()),
     "model.zero_init": (False, boolean()),
-    "model.patch_size": (1, integer(1)),
+    "model.patch_size": (1, integer(1, 512)),
 
     "train_cfg.lr": (2e-4, number(above=0)),
-    "train_cfg.epochs": (30, integer(1)),
-    "train_cfg.num_eval_samples": (10, integer(1)),               # images per class in a sample grid
-    "train_cfg.warmup": (0, integer(0)),                          # updates over which the learning rate rises to lr
+    "train_cfg.epochs": (30, integer(1, 10 ** 9)),
+    "train_cfg.num_eval_samples": (10, integer(1, 100)),          # images per class in a sample grid
+    "train_cfg.warmup": (0, integer(0, 10 ** 9)),                 # updates over which the learning rate rises to lr
     # cosine: down to zero at the last update
     "train_cfg.lr_schedule": ("constant", one_of("constant", "cosine")),
     # muon: orthogonalized updates for the convolutions, AdamW for the rest
@@ -83,7 +82,7 @@ SETTINGS = {
     "train_cfg.weight_decay": (0.01, number(0)),
     "train_cfg.clip_grad_norm": (1.0, optional(number(above=0))),
     # parts in which a batch goes through the network, where it is too large for the memory
-    "train_cfg.accumulate": (1, integer(1)),
+    "train_cfg.accumulate": (1, integer(1, 10 ** 5)),
     # null: on a GPU the network runs as CUDA graphs, or through torch.compile where graphs are not possible (several
     # processes, accumulate); true: torch.compile in any case; false: neither
     "train_cfg.compile": (None, optional(boolean())),
@@ -93,14 +92,14 @@ SETTINGS = {
 
     # metrics during training, in TensorBoard; evaluate.py computes more of them
     "eval.every": (None, optional(integer(1))),                   # in epochs; null: never
-    "eval.num": (1000, integer(10)),                              # images; metrics of another number are not comparable
+    "eval.num": (1000, integer(10, 10 ** 7)),                     # images; metrics of another number are not comparable
     # null: classifier for MNIST, else inception
     "eval.features": (None, optional(one_of("classifier", "inception", "autoencoder"))),
 
     # how images are drawn; null takes the sampler's default. DDPM has ddpm (all timesteps) and ddim; every model has
     # heun (EDM's default), euler, euler_ancestral and dpmpp_2m
     "sample_cfg.sampler": (None, optional(one_of("ddpm", "ddim", "heun", "euler", "euler_ancestral", "dpmpp_2m"))),
-    "sample_cfg.steps": (None, optional(integer(1))),
+    "sample_cfg.steps": (None, optional(integer(1, 10 ** 4))),
     "sample_cfg.guidance_scale": (1.0, number(0)),                # other than 1 needs model.label_dropout
     # [sigma_lo, sigma_hi]: guide only at these noise levels; null: at all
     "sample_cfg.guidance_interval": (None, optional(list_of(number(0), 2))),
@@ -118,12 +117,12 @@ MODEL_SETTINGS = {
         "model.prediction": ("eps", one_of("eps", "v", "x0")),
     },
     "EDM": {
-        "model.sigma_data": (None, optional(number(above=0))),
-        "model.P_mean": (-1.2, number()),
-        "model.P_std": (1.2, number(above=0)),
-        "model.sigma_min": (0.002, number(above=0)),
-        "model.sigma_max": (80.0, number(above=0)),
-        "model.rho": (7.0, number(above=0)),
+        "model.sigma_data": (None, optional(number(1e-6, 1e6))),
+        "model.P_mean": (-1.2, number(-100, 100)),
+        "model.P_std": (1.2, number(1e-6, 100)),
+        "model.sigma_min": (0.002, number(1e-6, 1e6)),
+        "model.sigma_max": (80.0, number(1e-6, 1e6)),
+        "model.rho": (7.0, number(0.1, 1000)),
     },
 }
 
@@ -190,9 +189,11 @@ def read_yaml(path):
         raise UsageError(f"config: no file {path}" + (f"; did you mean configs/{near}?" if near else ""))
     try:
         with open(found, encoding="utf-8") as f:
-            given = yaml.safe_load(f)
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as e:  # ValueError: no UTF-8, no such date
-        raise UsageError(f"config: {path} is no YAML: {' '.join(str(e).split())}") from None
+            given = parse_yaml(f.read(CHARACTERS + 1))
+    except OSError as e:
+        raise UsageError(f"config: {path} cannot be read ({e.strerror})") from None
+    except ValueError as e:
+        raise UsageError(f"config: {path} is no YAML: {e}") from None
     if given is not None and not isinstance(given, dict):
         raise UsageError(f"config: {path} must hold `key: value` lines, not {type(given).__name__}")
     return given or {}
@@ -203,11 +204,11 @@ def set_values(given, overrides):
     for item in overrides:
         key, sign, value = item.partition("=")
         if not sign or not key:
-            raise UsageError(f"--set: {item!r} is not of the form key.sub=value")
+            raise UsageError(f"--set: {shown(item)} is not of the form key.sub=value")
         try:
-            value = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):
-            raise UsageError(f"--set {key}: {value!r} is no YAML value") from None
+            value = parse_yaml(value)
+        except ValueError as e:
+            raise UsageError(f"--set {key}: {shown(value)} is no YAML value ({e})") from None
         *parents, last = key.strip().split(".")
         section = given
         for name in parents:
@@ -231,7 +232,7 @@ def merge(config, given, rules=RULES, prefix=""):
         elif isinstance(value, dict):
             merge(config[key], value, rules, f"{full}.")
         else:
-            raise UsageError(f"config: {full} is a section of `key: value` lines, not {value!r}")
+            raise UsageError(f"config: {full} is a section of `key: value` lines, not {shown(value)}")
     return config
 
 
@@ -323,7 +324,7 @@ SAMPLER_FLAGS = {
 def add_sampler_flags(parser):
     """The flags that say how images are drawn; `sampler_flags` reads them, models.sampling_settings checks them."""
     group = parser.add_argument_group("sampling; what is not given is the config's, see sample_cfg in libs/config.py")
-    types = {"steps": {"type": positive}, "guidance_interval": {"type": interval, "metavar": "LO,HI"},
+    types = {"steps": {"type": positive}, "guidance_interval": {"type": lambda text: text.split(","), "metavar": "LO,HI"},
              "clip": {"action": argparse.BooleanOptionalAction}, "sampler": {"metavar": "NAME"}}
     types |= {key: {"type": float, "metavar": "X"} for key in ("guidance_scale", "eta", "S_churn")}
     for key, description in SAMPLER_FLAGS.items():
@@ -333,3 +334,26 @@ def add_sampler_flags(parser):
 def sampler_flags(args):
     """The settings of sample_cfg on the command line, None for those not given."""
     return {key: getattr(args, key) for key in SAMPLER_FLAGS}
+
+
+def parse_setting(text):
+    """ "heun:9 guidance_scale=2" -> {"sampler": "heun", "steps": 9, "guidance_scale": 2}; "config" -> {}.
+
+    Raises UsageError for a key that is not of sample_cfg, or a value that is not YAML; models.sampling_settings checks
+    the values.
+    """
+    name, *pairs = text.split() or [""]
+    if name != "config":
+        sampler, colon, steps = name.partition(":")
+        pairs = [f"sampler={sampler}"] + [f"steps={steps}"] * bool(colon) + pairs
+    setting = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if not value or key not in SAMPLER_FLAGS:
+            raise UsageError(f"{shown(text)}: {shown(pair)} is not one of {', '.join(SAMPLER_FLAGS)} with a value, as in "
+                             "guidance_scale=2")
+        try:
+            setting[key] = parse_yaml(f"[{value}]" if key == "guidance_interval" else value)
+        except ValueError as e:
+            raise UsageError(f"{shown(text)}: {shown(value)} is no YAML value ({e})") from None
+    return setting

@@ -1,5 +1,6 @@
 """From a configuration or a checkpoint to a model, and from a model to many images."""
 
+import math
 from typing import Callable, NamedTuple
 
 import torch
@@ -7,10 +8,12 @@ import torch
 from .common.checkpoint import load_checkpoint
 from .common.errors import UsageError, display_path
 from .common.files import load_tensors
+from .common.memory import check_memory
 from .common.pictures import image_grid
-from .config import check_value, complete_config
+from .config import SETTINGS, check_value, complete_config
 from .ddim import DDIM, ddim_timesteps
 from .ddpm import DDPM
+from .diffusion import Diffusion
 from .edm import EDM
 from .samplers import SOLVERS, guidance_at, image_generator, karras_sigmas
 
@@ -156,6 +159,11 @@ def draw_images(model, labels, settings, seed=0, batch_size=100, device="cpu", n
                             image_generator(seed, numbers), callback).cpu()
 
 
+def check_images(n, config, key, bytes_each=4):
+    """UsageError unless memory can hold `n` drawn images, a few times as uint8. key: what says how many."""
+    check_memory(n * math.prod(config["model"]["img_shape"]) * bytes_each, f"drawing {n:,} images", f"lower {key}")
+
+
 def sample_grid(model, config, settings, device, callback=None):
     """A grid of `train_cfg.num_eval_samples` images a class, one row each, from the same noise every time."""
     per_class = config["train_cfg"]["num_eval_samples"]
@@ -169,9 +177,21 @@ def sample_grid(model, config, settings, device, callback=None):
 
 # ---- from a configuration or a checkpoint
 
-def build_model(config):
-    """The model that a configuration describes, on the CPU. Raises UsageError when it cannot be built or drawn from."""
-    model = MODELS[config["model_name"]](**config["model"])
+def build_model(config, training=None):
+    """The model that a configuration describes, on the CPU. training: the device that is going to train it.
+
+    Raises UsageError when it cannot be built or drawn from, or when there is not the memory.
+    """
+    kind, settings = MODELS[config["model_name"]], config["model"]
+    common = {key: value for key, value in settings.items() if f"model.{key}" in SETTINGS and "weights" not in key}
+    with torch.device("meta"):  # where weights have a shape only
+        weights = Diffusion(**common).model.parameters()
+    n, remedy = sum(w.numel() for w in weights), "lower model.dim, model.dim_mults or model.context_dim"
+    check_memory(4 * n, f"a network of {n:,} parameters", remedy)
+    if training:  # gradients, average and two moments too
+        check_memory(20 * n, f"training a network of {n:,} parameters", remedy, training)
+        check_images(config["eval"]["num"] if config["eval"]["every"] else 0, config, "eval.num")
+    model = kind(**settings)
     try:
         sampling_settings(model, config)
     except UsageError as e:

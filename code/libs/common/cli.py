@@ -5,11 +5,12 @@ import os
 import signal
 import sys
 import time
+import warnings
 
 import torch
 from tqdm import tqdm
 
-from .errors import RunError, UsageError, first_line
+from .errors import RunError, UsageError, first_line, shown
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,8 +26,9 @@ class Parser(argparse.ArgumentParser):
 def positive(text):
     """Type of a flag that counts something."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is too few; 1 is the least")
+    if not 1 <= value <= 10 ** 9:
+        raise argparse.ArgumentTypeError(f"{shown(value)} is too " + (
+            "few; 1 is the least" if value < 1 else "many; 10^9 is the most"))
     return value
 
 
@@ -47,24 +49,15 @@ def add_training_flags(parser):
     parser.add_argument("--dry-run", action="store_true", help="print what would be done; write nothing")
 
 
-def interval(text):
-    """Type of --guidance-interval."""
-    try:
-        lo, hi = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no pair of noise levels such as 0.3,5") from None
-    return lo, hi
-
-
 def check_output(path, overwrite=None, flag="--output"):
     """Refuse to replace a file unasked, and to write where no folder is, before the work instead of after it.
 
     overwrite: what --overwrite says; None where a script has no such flag.
     """
-    if os.path.exists(path) and not overwrite:
+    if os.path.exists(path) and not (overwrite and os.path.isfile(path)):
         raise UsageError(f"{flag}: {path} exists; give another name" + (", or --overwrite" if overwrite is False else ""))
     folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+    if "\0" in path or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UsageError(f"{flag}: cannot write into {folder}")
 
 
@@ -85,29 +78,39 @@ class progress_bar(tqdm):
                   f"{self.what}{self.n:,} {self.units}", file=sys.stderr, flush=True)
 
 
+def one_line(message):
+    """A message for the terminal, cut short; a newline in a file's name, and the like, as an escape sequence."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)[:2000])
+
+
 def run(main):
     """Call a script's `main()` and end the process: 2 for bad usage, 1 for a failed run, neither with a traceback."""
-    status = 0
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what is no text
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
     try:
         status = main()
-    except UsageError as e:
-        print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
-        status = 2
-    except (RunError, OSError, torch.OutOfMemoryError) as e:  # the disk, the network, the GPU's memory
-        print(f"{os.path.basename(sys.argv[0])}: error: {first_line(e, 1000)}", file=sys.stderr)
-        status = 1
-    except RuntimeError as e:
-        if not _lost_peer(e):
-            raise
-        print(f"{os.path.basename(sys.argv[0])}: error: another process of this run has ended ({first_line(e)}); resume "
-              "from the last checkpoint", file=sys.stderr)
-        status = 1
+        sys.stdout.flush()
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
+    except BrokenPipeError:  # `| head` has ended; Python itself flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except Exception as e:
+        text = _explanation(e)
+        if not text:
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: error: {one_line(text)}", file=sys.stderr)
+        status = 2 if isinstance(e, UsageError) else 1
     sys.exit(status)
 
 
-def _lost_peer(error):
-    """Whether an exception means that another process of the run is gone."""
-    return torch.distributed.is_initialized() and any(
-        word in str(error).lower() for word in ("gloo", "nccl", "connection"))
+def _explanation(error):
+    """The line that says what happened; None for an exception that is a fault of the program."""
+    if isinstance(error, (UsageError, RunError)):
+        return str(error)
+    text = first_line(error, 1000)
+    if isinstance(error, (OSError, MemoryError, RecursionError, torch.OutOfMemoryError)) or "CPUAllocator" in text:
+        return text  # the disk, the network, memory
+    if isinstance(error, RuntimeError) and torch.distributed.is_initialized() and any(
+            word in str(error).lower() for word in ("gloo", "nccl", "connection")):
+        return f"another process of this run has ended ({first_line(error)}); resume from the last checkpoint"

@@ -4,6 +4,7 @@ import os
 from reprlib import Repr
 
 _repr = Repr()
+_repr.maxlevel = 2
 _repr.maxstring = _repr.maxother = _repr.maxlong = 80
 
 

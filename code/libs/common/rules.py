@@ -3,7 +3,9 @@
 import difflib
 import re
 
-from .errors import UsageError
+from .errors import UsageError, shown
+
+MOST = 64  # values of a list
 
 
 def integer(low, high=None):
@@ -46,7 +48,7 @@ def boolean():
 
 def text():
     def check(v):
-        if not isinstance(v, str) or not v:
+        if not isinstance(v, str) or not v or "\0" in v:
             raise ValueError
         return v
     return "a piece of text", check
@@ -62,10 +64,10 @@ def device():
 
 def list_of(rule, length=None, empty=False):
     def check(v):
-        if not isinstance(v, (list, tuple)) or (length and len(v) != length) or not (v or empty):
+        if not isinstance(v, (list, tuple)) or len(v) > MOST or (length and len(v) != length) or not (v or empty):
             raise ValueError
         return [rule[1](x) for x in v]
-    return f"a list of {f'{length} times ' if length else ''}{rule[0]}", check
+    return f"a list of {length or f'up to {MOST}'} times {rule[0]}", check
 
 
 def mapping(kind, each=None, **entries):
@@ -88,13 +90,13 @@ def nearest_word(word, words):
     return next((lower[w] for w in difflib.get_close_matches(str(word).lower(), lower, 1)), None)
 
 
-def check(key, value, rules):
+def check(key, value, rules, where="config: "):
     """The value as it is used. Raises UsageError with the key, the value, and what would be right."""
     wanted, convert = rules[key]
     try:
         return convert(value)
     except (ValueError, TypeError, OverflowError):
         _, choice, words = wanted.partition("one of ")
-        near = nearest_word(value, words.split(", ")) if choice else None
-        raise UsageError(f"config: {key} is {value!r}; it must be {wanted}"
+        near = nearest_word(value, words.split(", ")) if choice and isinstance(value, str) else None
+        raise UsageError(f"{where}{key} is {shown(value)}; it must be {wanted}"
                          + (f" (did you mean {near}?)" if near else "")) from None

@@ -25,4 +25,4 @@ def seed_everything(seed, *purpose):
 
     With `purpose`, numbers and strings, by a function of (seed, *purpose).
     """
-    torch.manual_seed(seeded_generator(seed, *purpose).initial_seed() if purpose else seed)
+    torch.manual_seed(seeded_generator(seed, *purpose).initial_seed() if purpose else seed % 2 ** 64)

@@ -6,37 +6,12 @@ import statistics
 import time
 
 import torch
-import yaml
 
 from ..common.cli import check_output
-from ..common.errors import UsageError
+from ..common.errors import UsageError, shown
 from ..common.files import atomic_file
-from ..config import SAMPLER_FLAGS
 from ..data.images import ImageSet, to_uint8
 from ..models import draw_images
-
-
-def parse_setting(text):
-    """ "heun:9 guidance_scale=2" -> {"sampler": "heun", "steps": 9, "guidance_scale": 2}; "config" -> {}.
-
-    Raises UsageError for a key that is not of sample_cfg, or a value that is not YAML; models.sampling_settings checks
-    the values.
-    """
-    name, *pairs = text.split() or [""]
-    if name != "config":
-        sampler, colon, steps = name.partition(":")
-        pairs = [f"sampler={sampler}"] + [f"steps={steps}"] * bool(colon) + pairs
-    setting = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or key not in SAMPLER_FLAGS:
-            raise UsageError(f"{text!r}: {pair!r} is not one of {', '.join(SAMPLER_FLAGS)} with a value, as in "
-                             "guidance_scale=2")
-        try:
-            setting[key] = yaml.safe_load(f"[{value}]" if key == "guidance_interval" else value)
-        except yaml.YAMLError:
-            raise UsageError(f"{text!r}: {value!r} is no YAML value") from None
-    return setting
 
 
 def draw_samples(model, settings, labels, seed, batch_size, device, progress):
@@ -64,32 +39,29 @@ class Results:
             raise UsageError(f"--output: {path} must end in .json")
         self.path, self.markdown, self.tables = path, path.removesuffix("json") + "md", tables
         self.content = {name: [] for name in lists}
-        if os.path.exists(path):
-            self.content = self._read(lists)
-        else:
-            check_output(path)
-            check_output(self.markdown)
-
-    def _read(self, lists):
-        try:
-            with open(self.path, encoding="utf-8") as f:
-                content = json.load(f)
-            if [key for key in ("errors", "rows") if key in content] == lists:
-                return content
-        except (ValueError, TypeError):
-            pass
-        raise UsageError(f"--output: {self.path} is not a file of this command of compare.py")
+        goes_on = os.path.exists(path)
+        for name in (path, self.markdown):
+            check_output(name, overwrite=goes_on)
+        if goes_on:
+            try:
+                with open(path, encoding="utf-8") as f:
+                    self.content = json.load(f)
+                foreign = [key for key in ("errors", "rows") if key in self.content] != lists or not self.text()
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                foreign = True
+            if foreign:
+                raise UsageError(f"--output: {path} is not a file of this command of compare.py")
 
     def require(self, **conditions):
         """Record what all rows have in common. Raises UsageError where earlier rows were measured otherwise."""
         for key, value in conditions.items():
             if self.content.get(key, value) != value:
-                raise UsageError(f"--output: {self.path} has {key} {self.content[key]}, not {value}; give another name")
+                raise UsageError(f"--output: {self.path} has {key} {shown(self.content[key])}, not {shown(value)}; give another name")
         self.content |= conditions
 
     def has(self, name, **values):
         """Whether the list `name` has a row with these values."""
-        return any(all(row[key] == value for key, value in values.items()) for row in self.content[name])
+        return any(all(row.get(key) == value for key, value in values.items()) for row in self.content[name])
 
     def add(self, name, row, **facts):
         """Append a row to the list `name`, record facts that hold for all rows, and write both files."""

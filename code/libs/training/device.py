@@ -7,11 +7,13 @@ from contextlib import nullcontext
 
 import torch
 
+from ..common import rules
 from ..common.errors import first_line
 
 
 def pick_device(names):
     """The first of the config's devices, or the best there is when it is missing, which is printed, or None."""
+    rules.check("--device", names[0], {"--device": rules.optional(rules.device())}, where="")
     for name in filter(None, (names[0], "cuda:0", "mps", "cpu")):
         try:
             torch.empty(0, device=name)

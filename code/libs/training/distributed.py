@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..common.errors import RunError, UsageError
+from ..common.errors import RunError, UsageError, shown
 
 
 class World:
@@ -24,8 +24,10 @@ class World:
     SETUP_TIMEOUT = timedelta(hours=24)  # while the first downloads, encodes, makes features, or draws
 
     def __init__(self):
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank, self.local_rank = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK"))
+        given = [os.environ.get(*pair) for pair in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))]
+        if not all(text.isdecimal() and len(text) < 9 for text in given) or int(given[1]) >= int(given[0]):
+            raise UsageError(f"WORLD_SIZE, RANK, LOCAL_RANK: {shown(given)}; torchrun sets numbers, RANK below WORLD_SIZE")
+        self.size, self.rank, self.local_rank = map(int, given)
         self.first = self.rank == 0
 
     def device_name(self, names):
