@@ -85,8 +85,8 @@ def test_two_trainings_in_the_same_second(config, tmp_path):
 
 
 def test_a_live_run_is_not_resumed_and_a_dead_one_is(config, live):
-    folder, wait = live("live")
-    r = command("train.py", "--resume", folder, seconds=5)
+    folder, wait = live("live", "--set", "train_cfg.keep_last=null")
+    r = command("train.py", config, "--resume", folder, seconds=5)
     assert socket.gethostname() in r.message and f"process {wait.process.pid}" in r.message and r.status == 2
     newest = next(folder.glob("epoch_*.pth.tar"))
     assert "process" in command("train.py", config, "--resume", newest, seconds=5).message
@@ -98,21 +98,20 @@ def test_a_live_run_is_not_resumed_and_a_dead_one_is(config, live):
         (folder / name).write_bytes(b"half")
     step = max(torch.load(p, weights_only=True)["epoch"] for p in folder.glob("epoch_*.pth.tar"))
     more = ["--set", f"train_cfg.epochs={step + 2}"]
-    ends = [wait() for wait in [start("train.py", "--resume", folder, *more) for _ in range(2)]]  # at once
+    ends = [wait() for wait in [start("train.py", config, "--resume", folder, *more) for _ in range(2)]]  # at once
     won, lost = sorted(ends, key=lambda r: r.status)
     assert won.status == 0 and f"taken over from a training that has ended ({socket.gethostname()}, process " in won.out
     assert lost.message.count("process") == 1 and "a training runs there" in lost.message
     assert [p.name for p in folder.glob("*.partial")] == ["of_others.png.17.partial"]
 
     (folder / "running").write_text("elsewhere, process 7, since yesterday\n")  # as a Colab session leaves it
-    r = command("train.py", "--resume", folder)
+    r = command("train.py", config, "--resume", folder, *more)
     assert r.status == 0 and "has ended (elsewhere, process 7" in r.out
     assert not (folder / "running").exists()
 
 
 def test_a_closed_terminal(live):
     folder, wait = live("hangup", "--set", "train_cfg.keep_last=null")
-    assert (folder / "running").exists()
     os.kill(wait.process.pid, signal.SIGHUP)
     r = wait()
     assert r.status == 128 + signal.SIGHUP and "a checkpoint is written first" in r.err and "--resume" in r.out
@@ -123,9 +122,9 @@ def test_a_closed_terminal(live):
 def test_curves_that_cannot_be_written(live):
     folder, wait = live("curves")
     (folder / "logs").rename(folder / "away")
-    until(lambda: "TensorBoard" in Path(wait.folder.name, "out").read_text())
+    until(lambda: "TensorBoard" in Path(wait.folder.name, "out").read_text() or not wait.process.is_alive())
     before = len(list(folder.glob("sample-*.png")))
-    until(lambda: len(list(folder.glob("sample-*.png"))) > before)
+    until(lambda: len(list(folder.glob("sample-*.png"))) > before or not wait.process.is_alive())
     wait.process.terminate()
     r = wait()
     assert r.status == 128 + signal.SIGTERM and r.out.count("TensorBoard cannot write") == 1
@@ -133,7 +132,8 @@ def test_curves_that_cannot_be_written(live):
 
 
 def test_a_run_folder_that_vanishes(live):
-    folder, wait = live("vanishes")
+    folder, wait = live("vanishes", "-c", 50)
+    time.sleep(0.05)  # so that it is curves which are written next
     folder.rename(folder.with_name("elsewhere"))
     r = wait()
     assert r.status == 1 and "tiny_vanishes" in r.message and not folder.exists()
@@ -157,3 +157,10 @@ def test_a_full_disk(config, tmp_path):
         assert "config.txt" in r.message and "No space left" in r.message and not (disk / "tiny_b").exists()
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_fewer_epochs_than_are_done(config):
+    """Such a run is at its end; it does not go round for ever."""
+    for more in (["--output", "fewer"], ["--resume", config.parent / "runs" / "tiny_fewer", "--set", "train_cfg.epochs=2"]):
+        r = command("train.py", config, *more, seconds=10)
+        assert r.status == 0 and "done: " in r.out
