@@ -132,7 +132,7 @@ def test_curves_that_cannot_be_written(live):
 
 
 def test_a_run_folder_that_vanishes(live):
-    folder, wait = live("vanishes", "-c", 50)
+    folder, wait = live("vanishes", "-c", 15)
     time.sleep(0.05)  # so that it is curves which are written next
     folder.rename(folder.with_name("elsewhere"))
     r = wait()

@@ -107,8 +107,9 @@ class RunFolder:
             return
         if not args.resume:
             self.path = claim.new(path, numbered=not args.output)
-        for leftover in Path(self.path).glob("*.pth.tar.*.partial"):  # of a run that was killed
-            leftover.unlink()
+        for name in ("epoch_*", "model_final.*", "sample-*", "config.*", "*coder.pth.*"):  # what a killed run left
+            for leftover in Path(self.path).glob(f"{name}.partial"):
+                leftover.unlink()
         text = yaml.safe_dump(portable(config), sort_keys=False)
         with atomic_file(os.path.join(self.path, "config.txt")) as f:
             f.write(text.encode())
