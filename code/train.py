@@ -4,7 +4,7 @@ python code/train.py configs/mnist.yaml
 python code/train.py --resume logs/RUN             goes on with a run, with its own settings"""
 
 import math
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from hashlib import sha256
 
@@ -21,7 +21,7 @@ from libs.models import check_autoencoder
 from libs.training.device import autocast, memory_format, peak_memory, pick_device, pick_precision, prepare_network
 from libs.training.distributed import World, averaged
 from libs.training.resume import check_data, find_place, restore
-from libs.training.run_folder import RunFolder, Stopped, TrainingLog, describe, resume_command
+from libs.training.run_folder import Claim, RunFolder, Stopped, TrainingLog, describe, resume_command
 from libs.training.update import Signals, Trainer, measure_data
 
 
@@ -33,9 +33,14 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Train, or go on training; returns an exit status."""
-    # ---- 1. Configuration
     args, world = parse_args(argv), World()
-    config, folder, resume_path, state = find_place(args)
+    with Claim() if world.first and not args.dry_run else nullcontext() as claim:
+        return train(args, world, claim)
+
+
+def train(args, world, claim):
+    # ---- 1. Configuration
+    config, folder, resume_path, state = find_place(args, claim)
     cfg, data = config["train_cfg"], config["dataset"]
     seed_everything(config["seed"])
     device = pick_device([world.device_name(config["devices"])])
@@ -92,7 +97,7 @@ def main(argv=None):
     prepare_network(model, cfg, dataset, device, precision, n, world.size)
 
     # ---- 5. Run folder
-    out = RunFolder(folder, config, trainer, loader.batch_size, args, active=world.first)
+    out = RunFolder(folder, config, trainer, loader.batch_size, args, claim)
     out.last_checkpoint = resume_path
     log = TrainingLog(out, model, world, loader.batch_size, cfg["epochs"])
     if model.use_vae:
@@ -106,7 +111,7 @@ def main(argv=None):
         if trainer.epoch < cfg["epochs"]:
             train_one_epoch(compute_loss, trainer, loader, log, n, config["seed"], precision,
                             stopped=lambda: world.agree(signals.received or 0))
-        stop, is_final = world.agree(signals.received or 0), trainer.epoch == cfg["epochs"]
+        stop, is_final = world.agree(signals.received or 0), trainer.epoch >= cfg["epochs"]
         with log.paused():
             due = is_final or trainer.epoch % args.ckpt_freq == 0
             if stop or due:
@@ -122,9 +127,9 @@ def main(argv=None):
     out.close()
     world.close()
     if not is_final:
-        out.print(f"saved {display_path(out.last_checkpoint or folder)}; go on with: {resume_command(folder)}")
+        out.print(f"saved {display_path(out.last_checkpoint or out.path)}; go on with: {resume_command(out.path)}")
         return 128 + stop
-    out.print(f"done: {display_path(folder)} has model_final.pth.tar and the sample grids; "
+    out.print(f"done: {display_path(out.path)} has model_final.pth.tar and the sample grids; "
               f"peak memory {peak_memory(device) / 2 ** 30:.2f} GiB")
 
 

@@ -10,6 +10,7 @@ model.vae_decoder_weights.
 
 import json
 import os
+from contextlib import nullcontext
 
 from libs.common.checkpoint import set_aside_later
 from libs.common.cli import Parser, add_training_flags, check_output, run
@@ -26,7 +27,7 @@ from libs.training.autoencoder import (GRID_ROW, WHOLE_FROM, TrainedTAESD, compl
 from libs.training.device import autocast, memory_format, pick_device, pick_precision
 from libs.training.distributed import World
 from libs.training.resume import check_data, find_place, restore
-from libs.training.run_folder import RunFolder, TrainingLog, describe, resume_command
+from libs.training.run_folder import Claim, RunFolder, TrainingLog, describe, resume_command
 from libs.training.update import Signals, Trainer
 
 QUICK = 32  # test images that are measured during training
@@ -51,11 +52,16 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    # ---- 1. Configuration
     args = parse_args(argv)
     if args.evaluate:
         return measure(args)
-    config, folder, resume_path, state = find_place(args, load_settings, complete_settings)
+    with nullcontext() if args.dry_run else Claim() as claim:
+        return train(args, claim)
+
+
+def train(args, claim):
+    # ---- 1. Configuration
+    config, folder, resume_path, state = find_place(args, claim, load_settings, complete_settings)
     cfg, data, batch_size = config["train_cfg"], config["dataset"], config["loader"]["batch_size"]
     seed_everything(config["seed"])
     device = pick_device(config["devices"])
@@ -85,10 +91,11 @@ def main(argv=None):
         del state
 
     # ---- 4. Run folder
-    out = RunFolder(folder, config, trainer, batch_size, args)
+    signals = Signals()
+    out = RunFolder(folder, config, trainer, batch_size, args, claim)
+    folder = out.path
     out.last_checkpoint = resume_path
     log = TrainingLog(out, model, World(), batch_size, cfg["epochs"])
-    signals = Signals()
 
     # ---- 5. Training
     model.train()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from libs import build_dataset
 from libs.common.cli import Parser, check_output, positive, progress_bar, run
 from libs.common.errors import display_path
-from libs.common.files import atomic_file
+from libs.common.files import atomic_file, save_tensors
 from libs.common.seeds import seed_everything
 from libs.evaluation.classifier import WEIGHTS, DigitClassifier, accuracy, file_hash
 
@@ -70,7 +70,7 @@ def main(argv=None):
               f"{'bf16' if args.bf16 else 'fp32'}, seed {args.seed}")
     state = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
     with atomic_file(args.output) as f:
-        torch.save({"state_dict": state, "test_accuracy": result, "recipe": recipe}, f)
+        save_tensors({"state_dict": state, "test_accuracy": result, "recipe": recipe}, f)
     print(f"wrote {display_path(args.output)} (SHA-256 {file_hash(args.output)}): test accuracy {result:.2%} after {recipe}")
 
 

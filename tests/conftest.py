@@ -30,7 +30,7 @@ def fixed_seed():
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """Training scripts install handlers of their own: without this, Ctrl-C would not stop the tests any more."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

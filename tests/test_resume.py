@@ -1,5 +1,6 @@
 """A run that is killed and resumed ends with the very bits of one that was not. Real signals, in processes of their own."""
 
+import errno
 import io
 import os
 import random
@@ -13,6 +14,7 @@ from PIL import Image
 
 import train
 from helpers import spawn, tree
+from libs import UsageError
 from libs.common.cli import run
 from libs.tiny_autoencoder import TAESD, build_decoder, build_encoder
 from libs.training import run_folder, update
@@ -33,7 +35,8 @@ sample_cfg: {{steps: 2, guidance_scale: 1.5, sampler: {sampler}}}
 
 
 def interrupted_training(arguments, moment, n, number=signal.SIGKILL):
-    """train.py in a process that sends itself a signal: after its update n, or half way through its checkpoint n."""
+    """train.py in a process that sends itself a signal: after its update n, before it draws its grid n, or half way
+    through its checkpoint n."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process ignores it from its start
     calls = 0
 
@@ -43,7 +46,7 @@ def interrupted_training(arguments, moment, n, number=signal.SIGKILL):
         if calls == n:
             os.kill(os.getpid(), number)
 
-    average, save = update.ModelEMA.update, torch.save
+    average, save, draw = update.ModelEMA.update, torch.save, run_folder.sample_grid
 
     def patched_update(self, model):
         average(self, model)
@@ -57,8 +60,14 @@ def interrupted_training(arguments, moment, n, number=signal.SIGKILL):
         count()
         f.seek(0), f.truncate(), f.write(whole.getvalue())
 
+    def patched_grid(*given):
+        count()
+        return draw(*given)
+
     if moment == "update":
         update.ModelEMA.update = patched_update
+    elif moment == "grid":
+        run_folder.sample_grid = patched_grid
     else:
         torch.save = patched_save
     sys.argv = ["train.py", *arguments]
@@ -112,14 +121,16 @@ def assert_same_end(a, b, epochs=EPOCHS):
 
 
 @pytest.mark.parametrize("kind", ["DDPM", "EDM"])
-def test_killed_three_times_ends_with_the_same_bits(project, tmp_path, kind):
+def test_killed_again_and_again_ends_with_the_same_bits(project, tmp_path, kind):
     config, folder, rng = project(kind), tmp_path / "logs" / "tiny_broken", random.Random(kind)
     train.main([config, "-c", "1", "--output", "whole"])
-    assert interrupted([config, "-c", "1", "--output", "broken"], "update", UPDATES + rng.randint(1, 3))[0] == -signal.SIGKILL
+    moment = ("update", UPDATES + rng.randint(1, 3)) if kind == "DDPM" else ("grid", rng.randint(1, 3))
+    assert interrupted([config, "-c", "1", "--output", "broken"], *moment)[0] == -signal.SIGKILL
     assert (folder / "epoch_000.pth.tar").exists()
     assert interrupted(["--resume", str(folder)], "checkpoint", 2)[0] == -signal.SIGKILL
     assert list(folder.glob("*.partial")), "the kill was meant to come inside a write"
-    assert interrupted(["--resume", str(folder)], "update", rng.randint(1, 7))[0] == -signal.SIGKILL
+    if kind == "DDPM":
+        assert interrupted(["--resume", str(folder)], "update", rng.randint(1, 7))[0] == -signal.SIGKILL
     assert not (folder / "model_final.pth.tar").exists()
     train.main(["--resume", str(folder)])  # -c 1 and all settings are the run's own
     assert not list(folder.glob("*.partial"))
@@ -149,7 +160,8 @@ def test_every_option_at_once_and_latents_from_a_cache(project, tmp_path, capsys
     latent = [project("EDM"), "-c", "1", *(word for setting in settings for word in ("--set", setting))]
     train.main([*latent, "--output", "whole"])
     assert "encoding 32 images, 8 views of each" in capsys.readouterr().out
-    interrupted([*latent, "--output", "broken"], "update", UPDATES + 2)
+    moment = UPDATES + random.Random("latent").randint(1, 3)
+    assert interrupted([*latent, "--output", "broken"], "update", moment)[0] == -signal.SIGKILL
     (cache,) = (tmp_path / "cache" / "latents").iterdir()
     cache.unlink()
     train.main(["--resume", str(tmp_path / "logs" / "tiny_broken")])
@@ -213,6 +225,22 @@ def test_grids_of_a_ddpm_are_algorithm_2(project, tmp_path, monkeypatch, capsys)
     train.main([*plain, "--output", "stopped"])
     assert calls == [2] and (tmp_path / "logs" / "tiny_stopped" / "model_final.pth.tar").exists()
     assert not list((tmp_path / "logs" / "tiny_stopped").glob("*.png"))
+
+
+def test_a_claim_where_the_system_knows_no_locks(tmp_path, monkeypatch, capsys):
+    """Whoever is named in the file has the folder, until the file is deleted."""
+    def no_locks(*given):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    for known in (type("fcntl", (), {"flock": no_locks, "LOCK_EX": 2, "LOCK_NB": 4}), None):
+        monkeypatch.setattr(run_folder, "fcntl", known)
+        with run_folder.Claim() as claim:
+            folder = claim.new(str(tmp_path / "run"), numbered=False)
+            assert folder == str(tmp_path / "run") and os.listdir(folder) == ["running"]
+            with run_folder.Claim() as other, pytest.raises(UsageError, match=f"process {os.getpid()}.*delete .*running"):
+                other.take(folder)
+            assert claim.holds()
+        assert not os.listdir(tmp_path) and not capsys.readouterr().out  # nothing was written into it
 
 
 @pytest.mark.parametrize("virtual", [True, False])

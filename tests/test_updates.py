@@ -151,6 +151,17 @@ def test_a_signal_is_noted_and_a_second_one_interrupts(capfd):
         signal.raise_signal(signal.SIGINT)
 
 
+def test_a_closed_terminal_is_a_signal_but_not_under_nohup():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signals = Signals()
+    signal.raise_signal(signal.SIGHUP)
+    assert signals.received == signal.SIGHUP
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals = Signals()
+    signal.raise_signal(signal.SIGHUP)
+    assert signals.received is None
+
+
 # ---- device and precision
 
 def test_a_device_that_is_missing(capsys):

@@ -73,10 +73,7 @@ def _write(state, path):
 
 
 def remove_old_checkpoints(folder, keep_last):
-    """Delete all but the newest `keep_last` checkpoints (None: keep all) and what a killed run left half written."""
-    for name in os.listdir(folder):
-        if ".pth.tar." in name and name.endswith(".partial"):
-            os.remove(os.path.join(folder, name))
+    """Delete all but the newest `keep_last` checkpoints (None: keep all)."""
     for path in list_checkpoints(folder)[keep_last:] if keep_last else ():
         os.remove(path)
 

@@ -4,23 +4,27 @@ import copy
 import os
 import time
 
-from ..common.checkpoint import find_checkpoint
+from ..common.checkpoint import find_checkpoint, find_run
 from ..common.errors import UsageError, display_path, shown
 from ..config import complete_config, load_config, set_values
 from ..models import config_of, load_weights
 
 
-def find_place(args, load_config=load_config, complete_config=complete_config):
+def find_place(args, claim, load_config=load_config, complete_config=complete_config):
     """(configuration, run folder, the checkpoint that --resume asks for or None, its state). Raises UsageError.
 
     With --resume, the run's own settings are the default; a config that is given must fit them.
-    args: of cli.add_training_flags; `ckpt_freq` and `print_freq` are filled in.
+    args: of cli.add_training_flags; `ckpt_freq` and `print_freq` are filled in. claim: a Claim, or None in a process
+    that writes nothing.
     """
     path = state = None
     if args.resume:
         if args.output:
             raise UsageError(f"--output: {args.output} cannot be given with --resume, which goes on in the same folder")
-        path, state = find_checkpoint(args.resume)
+        path = find_run(args.resume)
+        if claim and os.path.exists(path):  # before it is read: a training that runs would go on writing
+            claim.take(path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path)))
+        path, state = find_checkpoint(path)
         state["config"] = config_of(state, path, complete_config)
     if args.config:
         config = load_config(args.config, args.set)
@@ -36,7 +40,7 @@ def find_place(args, load_config=load_config, complete_config=complete_config):
         return config, os.path.dirname(os.path.abspath(path)), path, state
     name = os.path.splitext(os.path.basename(args.config))[0]
     folder = os.path.join(config["output_folder"], f"{name}_{args.output or time.strftime('%Y-%m-%d_%H-%M-%S')}")
-    if os.path.exists(folder):
+    if args.output and os.path.exists(folder):
         raise UsageError(f"--output: {folder} exists; give another name, or --resume {display_path(folder)}")
     return config, folder, None, None
 

@@ -2,9 +2,13 @@
 
 import os
 import shlex
+import socket
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
+from pathlib import Path
 
 import yaml
 from torch.utils.tensorboard import SummaryWriter
@@ -12,11 +16,17 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from ..common.checkpoint import checkpoint_name, remove_old_checkpoints, save_checkpoint
-from ..common.errors import UsageError, display_path
+from ..common.errors import RunError, UsageError, display_path, first_line
+from ..common.files import atomic_file
 from ..config import portable
 from ..models import GRID_SAMPLER, network_calls, sample_grid, sampling_settings
 from .device import eager, peak_memory
 from .update import AverageMeter, TenthsMeter
+
+try:
+    import fcntl
+except ImportError:  # Windows: as on a file system without locks
+    fcntl = None
 
 CHEAP_GRID = 100  # a grid of at most this many network calls an image is drawn from the raw weights too
 
@@ -25,35 +35,107 @@ class Stopped(Exception):
     """A signal arrived while a sample grid was drawn."""
 
 
-class RunFolder:
-    """Everything that a training run writes. One of several processes is `active`, the others' calls do nothing."""
+class Claim(ExitStack):
+    """The right to write into a run folder until the end of a `with` block: a lock on the file `running` in it.
 
-    def __init__(self, path, config, trainer, batch_size, args, active=True):
-        self.path, self.config, self.trainer, self.args, self.active = path, config, trainer, args, active
-        self.last_checkpoint, self.first_step, self.grid_steps = None, trainer.step, 0
-        self.bar = tqdm(total=trainer.total_steps, initial=trainer.step, unit_scale=batch_size, unit="img",
-                        disable=None if active else True)
-        if not active:
-            return
-        text = yaml.safe_dump(portable(config), sort_keys=False)
+    The system takes the lock from a process that dies. UsageError is raised where another training has the folder.
+    """
+
+    def new(self, path, numbered):
+        """Make and claim a folder, `path` or if `numbered` the first of path, path_2, ... that is new. Returns it."""
+        for n in count(1):
+            folder = f"{path}_{n}" if n > 1 else path
+            try:
+                os.makedirs(folder)  # of several trainings one succeeds
+            except FileExistsError:
+                if not numbered:
+                    raise UsageError(f"--output: {folder} exists; give another name") from None
+            except OSError as e:
+                raise UsageError(f"output_folder: cannot write {folder} ({e.strerror})") from None
+            else:
+                self.take(folder)
+                if n > 1:
+                    print(f"run folder: {display_path(folder)}, as another training began at the same time", flush=True)
+                return folder
+
+    def take(self, folder):
+        """Claim a folder that exists."""
+        self.path = os.path.join(folder, "running")
+        self.file = self.enter_context(open(self.path, "a+", errors="replace"))
         try:
-            os.makedirs(os.path.join(path, "logs"), exist_ok=True)
-            with open(os.path.join(path, "config.txt"), "w") as f:
-                f.write(text)
-        except OSError as e:
-            raise UsageError(f"output_folder: cannot write {path} ({e.strerror})") from None
-        remove_old_checkpoints(path, None)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            time.sleep(0.2)  # whoever has just got it writes its name
+            free = False
+        except (OSError, AttributeError):  # no locks here: whoever wrote its name has it
+            free = os.path.getsize(self.path) == 0
+        self.file.seek(0)
+        owner = self.file.readline(200).strip()
+        if not free or not self.holds():
+            raise UsageError(f"{display_path(folder)}: a training runs there ({owner}); if it has ended, delete "
+                             f"{display_path(self.path)}")
+        if owner:
+            print(f"{display_path(folder)}: taken over from a training that has ended ({owner})", flush=True)
+        self.callback(self._release)
+        self.file.truncate(0)
+        with suppress(OSError):  # a full disk: the config that comes next says so
+            os.write(self.file.fileno(), f"{socket.gethostname()}, process {os.getpid()}, since {time.ctime()}\n".encode())
+
+    def holds(self):
+        """Whether the claimed folder is still there."""
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+
+    def _release(self):
+        with suppress(OSError):
+            if self.holds():
+                self.file.truncate(0)  # Windows does not remove an open file
+                os.remove(self.path)
+                os.rmdir(os.path.dirname(self.path))  # where nothing else was written
+
+
+class RunFolder:
+    """Everything that a training run writes. One of several processes has the claim, the others' calls do nothing."""
+
+    def __init__(self, path, config, trainer, batch_size, args, claim):
+        self.path, self.config, self.trainer, self.args, self.active = path, config, trainer, args, claim is not None
+        self.last_checkpoint, self.first_step, self.grid_steps, self.claim = None, trainer.step, 0, claim
+        self.bar = tqdm(total=trainer.total_steps, initial=trainer.step, unit_scale=batch_size, unit="img",
+                        disable=None if self.active else True)
+        if not self.active:
+            return
+        if not args.resume:
+            self.path = claim.new(path, numbered=not args.output)
+        for name in ("epoch_*", "model_final.*", "sample-*", "config.*", "*coder.pth.*"):  # what a killed run left
+            for leftover in Path(self.path).glob(f"{name}.partial"):
+                leftover.unlink()
+        text = yaml.safe_dump(portable(config), sort_keys=False)
+        with atomic_file(os.path.join(self.path, "config.txt")) as f:
+            f.write(text.encode())
+        # TensorBoard's thread hands an error on to the next call, and need not print it
+        threading.excepthook = lambda e: isinstance(e.exc_value, OSError) or threading.__excepthook__(e)
         step = trainer.step
-        self.board = SummaryWriter(os.path.join(path, "logs"), purge_step=step + 1 if step else None)
-        self.board.add_text("config", f"```\n{text}```", step)
+        self.board = SummaryWriter(os.path.join(self.path, "logs"), purge_step=step + 1 if step else None)
+        self.record("add_text", "config", f"```\n{text}```", step)
 
     def print(self, line):
         if self.active:
-            self.bar.write(line)
+            with suppress(OSError):  # a closed terminal, a full disk
+                self.bar.write(line)
+
+    def record(self, method, *values):
+        """Call a method of TensorBoard's SummaryWriter. Where it cannot write, training goes on without curves."""
+        if self.board:
+            try:
+                getattr(self.board, method)(*values)
+            except OSError as e:
+                self.board = None
+                self.print(f"TensorBoard cannot write {display_path(self.path)}/logs any more: {first_line(e)}")
 
     def scalars(self, values):
         for tag, value in values.items() if self.active else ():
-            self.board.add_scalar(tag, value, self.trainer.step)
+            self.record("add_scalar", tag, value, self.trainer.step)
 
     def progress(self):
         """One update more on the bar; after 40 of this process, once, the time that the rest will take."""
@@ -74,6 +156,8 @@ class RunFolder:
         state = {**trainer.state_dict(), **facts, "config": portable(self.config),
                  "ckpt_freq": self.args.ckpt_freq, "print_freq": self.args.print_freq}
         name = checkpoint_name(trainer.epoch, trainer.batch)
+        if not self.claim.holds():
+            raise RunError(f"cannot write {display_path(os.path.join(self.path, name))}: the run folder was removed")
         save_checkpoint(state, is_final, self.path, name)
         remove_old_checkpoints(self.path, self.config["train_cfg"]["keep_last"])
         self.last_checkpoint = os.path.join(self.path, name)
@@ -94,18 +178,19 @@ class RunFolder:
         name = f"sample-{trainer.epoch - 1}.png"
         watch = _GridWatch(self, signals)
         grid = sample_grid(trainer.ema.module, config, settings, trainer.device, watch)
-        save_image(grid, os.path.join(self.path, name))
-        self.board.add_image("samples/ema", grid, trainer.step)
+        with atomic_file(os.path.join(self.path, name)) as f:
+            save_image(grid, f, "png")
+        self.record("add_image", "samples/ema", grid, trainer.step)
         if trainer.device.type == "cuda" or network_calls(trainer.model, settings) <= CHEAP_GRID:
             with eager(trainer.model):
                 raw = sample_grid(trainer.model, config, settings, trainer.device, watch)
-            self.board.add_image("samples/raw", raw, trainer.step)
+            self.record("add_image", "samples/raw", raw, trainer.step)
         self.print(f"epoch {trainer.epoch}: saved {display_path(self.last_checkpoint)} and {name} (files count from 0)")
 
     def close(self):
         self.bar.close()
         if self.active:
-            self.board.close()
+            self.record("close")
 
 
 class _GridWatch:

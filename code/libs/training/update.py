@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import signal
+from contextlib import suppress
 
 import torch
 
@@ -218,14 +219,17 @@ def measure_data(model, dataset, device, n=512, report=None):
 
 
 class Signals:
-    """Ctrl-C and SIGTERM are noted, and obeyed between two updates; a second Ctrl-C stops at once."""
+    """Ctrl-C, SIGTERM and a closed terminal are noted, and obeyed between two updates; a second Ctrl-C stops at once."""
 
     def __init__(self):
         self.received = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # nohup ignores it
+                signal.signal(number, self._note)
 
     def _note(self, number, frame):
         self.received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"\nstopping: a checkpoint is written first\n")  # print could be interrupted in itself
+        with suppress(OSError):  # the terminal may be closed
+            os.write(2, b"\nstopping: a checkpoint is written first\n")  # print could be interrupted in itself
