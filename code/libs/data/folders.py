@@ -4,7 +4,7 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Condition
+from threading import Lock, Semaphore
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from ..common.memory import available_memory
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # others, such as EPS, start a program
-MAX_PIXELS = 10 ** 8  # that are decoded at once, in all threads; takes up to 2 GB
+MEGAPIXELS = 100  # that are decoded at once, in all threads; takes up to 2 GB
+free, turn = Semaphore(MEGAPIXELS), Lock()
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # what it cannot read it raises
 
@@ -73,47 +74,28 @@ def scan_folder(root, train):
     return paths, torch.tensor(labels), classes
 
 
-class PixelBudget:
-    """What all threads may decode at once."""
-
-    def __init__(self, pixels):
-        self.free, self.change = pixels, Condition()
-
-    @contextmanager
-    def hold(self, pixels):
-        """Wait until there is room for so many pixels, and keep it."""
-        with self.change:
-            self.change.wait_for(lambda: self.free >= pixels)
-            self.free -= pixels
-        try:
-            yield
-        finally:
-            with self.change:
-                self.free += pixels
-                self.change.notify_all()
-
-
-budget = PixelBudget(MAX_PIXELS)
-
-
 @contextmanager
 def open_image(path, key="dataset.data_folder"):
-    """A Pillow image that is still to be decoded. Whatever fails while it is open is a UsageError with the file's name.
-
-    Only regular files: a pipe would be waited for without end. The size is checked before memory is taken.
-    """
+    """A Pillow image that is still to be decoded. What fails while it is open is a UsageError that names key and file."""
+    held = 0
     try:
-        if not os.path.isfile(path):
+        if not os.path.isfile(path):  # a pipe would be waited for without end
             raise ValueError("no regular file")
         with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height}: more than {MAX_PIXELS:,} pixels")
-            with budget.hold(image.width * image.height):
-                yield image
+            need = image.width * image.height // 10 ** 6
+            if need > MEGAPIXELS:
+                raise ValueError(f"{image.width} x {image.height}, more than {MEGAPIXELS} megapixels")
+            with turn:  # so that no two threads with half of what they need wait for each other
+                for held in range(1, need + 1):
+                    free.acquire()
+            yield image
     except UsageError:
         raise
     except Exception as e:  # a broken file makes its decoder raise almost anything
         raise UsageError(f"{key}: broken image file {path} ({first_line(e)})") from None
+    finally:
+        for _ in range(held):
+            free.release()
 
 
 def decode(path, size):
@@ -136,9 +118,15 @@ class FileImages:
         self.paths, self.num_workers = paths, num_workers
         self.shape = (len(paths), 3, size, size)
 
+    def _decode(self, path):
+        return decode(path, self.shape[-1])
+
     def __getitem__(self, index):
+        images = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8)
         with ThreadPoolExecutor(self.num_workers) as pool:  # Pillow decodes outside the interpreter's lock
-            return torch.stack(list(pool.map(lambda i: decode(self.paths[i], self.shape[-1]), index.tolist())))
+            for out, image in zip(images, pool.map(self._decode, [self.paths[k] for k in index.tolist()])):
+                out.copy_(image)
+        return images
 
 
 def read_files(paths, size, root):

@@ -1,7 +1,6 @@
 """Sets of images as uint8, from memory, a folder or an .npz file: the two sides of every comparison."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from ..common.errors import UsageError, display_path, first_line
 from ..common.files import atomic_file
 from ..common.memory import check_memory
-from .folders import list_folder, open_image
+from .folders import FileImages, list_folder, open_image
 
 
 class ImageSet:
@@ -62,7 +61,7 @@ class ImageSet:
         return digest.hexdigest()
 
 
-class FolderImages:
+class FolderImages(FileImages):
     """Images that stay on disk: `images[index]` decodes those as uint8 B x C x H x W, in threads.
 
     Pixels as they are stored, neither resized nor rotated: what pytorch-fid and torch-fidelity read too. All images
@@ -70,16 +69,10 @@ class FolderImages:
     """
 
     def __init__(self, paths, channels):
-        self.paths, self.channels = paths, channels
+        super().__init__(paths, None, num_workers=None)  # of threads: as many as fit the processors
+        self.channels = channels
         with open_image(paths[0], "images") as image:
             self.shape = (len(paths), channels, image.height, image.width)
-
-    def __getitem__(self, index):
-        images = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8)
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-            for out, image in zip(images, pool.map(self._decode, [self.paths[k] for k in index])):
-                out.copy_(image)
-        return images
 
     def _decode(self, path):
         with open_image(path, "images") as image:
