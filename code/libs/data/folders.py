@@ -41,10 +41,7 @@ def find_split(root, train):
 
 
 def list_folder(folder, key="dataset.data_folder"):
-    """(paths of the image files, names of the sub-folders) of a folder, sorted, without hidden ones.
-
-    Raises UsageError, which begins with `key`, where it cannot be read.
-    """
+    """(paths of image files, names of sub-folders), sorted, none hidden. key: what is blamed if it cannot be read."""
     try:
         with os.scandir(folder) as entries:  # hidden: such as ._0001.jpg, which macOS puts beside 0001.jpg
             entries = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
@@ -77,25 +74,24 @@ def scan_folder(root, train):
 @contextmanager
 def open_image(path, key="dataset.data_folder"):
     """A Pillow image that is still to be decoded. What fails while it is open is a UsageError that names key and file."""
-    held = 0
     try:
         if not os.path.isfile(path):  # a pipe would be waited for without end
             raise ValueError("no regular file")
         with Image.open(path, formats=FORMATS) as image:
-            need = image.width * image.height // 10 ** 6
+            need = image.width * image.height // 10 ** 6 + 1
             if need > MEGAPIXELS:
-                raise ValueError(f"{image.width} x {image.height}, more than {MEGAPIXELS} megapixels")
+                raise ValueError(f"{image.width} x {image.height}; must be below {MEGAPIXELS} megapixels")
             with turn:  # so that no two threads with half of what they need wait for each other
-                for held in range(1, need + 1):
+                for _ in range(need):
                     free.acquire()
-            yield image
+            try:
+                yield image
+            finally:
+                free.release(need)
     except UsageError:
         raise
     except Exception as e:  # a broken file makes its decoder raise almost anything
         raise UsageError(f"{key}: broken image file {path} ({first_line(e)})") from None
-    finally:
-        for _ in range(held):
-            free.release()
 
 
 def decode(path, size):

@@ -150,14 +150,14 @@ def _read_npz(path, channels, classes):
     except Exception as e:  # a damaged file makes zipfile, zlib and NumPy raise almost anything
         raise UsageError(f"{name} is damaged or no .npz file with an array arr_0 ({first_line(e)})") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
-        raise UsageError(f"{name}: arr_0 is {first_line(images.dtype, 40)} {times(images.shape)}; must be uint8 "
-                         "N x H x W x C, C being 1 or 3")
+        raise UsageError(f"{name}: arr_0 is {images.dtype.name} {times(images.shape)}; must be uint8 N x H x W x C, "
+                         "C being 1 or 3")
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     images = torch.cat([to_channels(part, channels) for part in images.split(1000)])
     if labels is not None:
         if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-            raise UsageError(f"{name}: labels is {first_line(labels.dtype, 40)} of shape {labels.shape}; must be "
-                             f"{len(images)} integers")
+            raise UsageError(f"{name}: labels is {labels.dtype.name} of shape {labels.shape}; must be {len(images)} "
+                             "integers")
         if labels.min() < 0 or labels.max() >= len(classes):
             raise UsageError(f"{name}: labels run from {labels.min()} to {labels.max()}; must be from 0 to "
                              f"{len(classes) - 1}")

@@ -120,8 +120,6 @@ def read_ckpt(path):
                     raise ValueError("its contents are compressed")
                 if z.testzip():
                     raise ValueError("wrong checksum; download it again")
-        else:
-            print(f"checkpoint {path}: files of torch before 1.6 have no checksums, so damage may go unnoticed")
         with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # the format before torch 1.6 is no zip file and cannot be mapped
