@@ -73,7 +73,7 @@ def scan_folder(root, train):
 
 @contextmanager
 def open_image(path, key="dataset.data_folder"):
-    """A Pillow image that is still to be decoded. What fails while it is open is a UsageError that names key and file."""
+    """A Pillow image, not yet decoded. What fails while it is open is a UsageError that names `key` and the file."""
     try:
         if not os.path.isfile(path):  # a pipe would be waited for without end
             raise ValueError("no regular file")
