@@ -1,14 +1,13 @@
 """Data sets: images as one uint8 tensor, turned into float batches with no Python work per image."""
 
-import os
-from glob import escape, glob
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets as tv
 
-from .common.errors import RunError, UsageError, display_path, first_line
+from .common.errors import RunError, UsageError, first_line
 from .common.memory import available_memory
 from .common.seeds import seeded_generator
 from .config import KNOWN
@@ -212,9 +211,9 @@ def build_dataset(name, split, data_folder, img_size=None, value_range=None, lim
 def _load_torchvision(name, train, root):
     """A data set of torchvision's as (uint8 N x C x S x S, labels, class names); downloads what is missing."""
     try:
-        for path in glob(os.path.join(escape(root), name, "*", "*")):
-            if not os.path.isfile(path) or os.path.getsize(path) > 10 ** 8:
-                raise ValueError(f"{display_path(path)} is none of its files; delete it")
+        for path in Path(root, name).glob("*/*"):
+            if not path.is_file() or path.stat().st_size > 10 ** 8:
+                raise ValueError(f"{path.relative_to(root)} is none of its files; delete it")
         if name == "MNIST":
             fetch_mnist(root)
         data = getattr(tv, name)(root, train=train, download=True)
@@ -228,7 +227,7 @@ def _load_torchvision(name, train, root):
     labels = torch.as_tensor(data.targets, dtype=torch.long)
     if images.shape[1:] != KNOWN[name][0] or labels.shape != images.shape[:1]:
         raise RunError(f"dataset.data_folder: images {tuple(images.shape)} and labels {tuple(labels.shape)} are not "
-                       f"{name}; delete {os.path.join(root, name)}")
+                       f"{name}; delete {Path(root, name)}")
     return images, labels, classes
 
 
