@@ -3,12 +3,14 @@
 
 import argparse
 import ast
+import json
 import os
 import re
 import sys
 import unicodedata
 import warnings
 import zipfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -18,7 +20,16 @@ LIMIT = 50e6  # bytes
 PLACEHOLDER = "to be filled in"
 
 LEFT_OUT_FOLDERS = {"data", "logs", "models", "checkpoints"}
-WEIGHTS = (".pth.tar", ".pth", ".pt", ".ckpt", ".safetensors")
+LEFT_OUT_FILES = {
+    "weights or data; --model puts a model in": (
+        "*.pth.tar", "*.pth", "*.pt", "*.ckpt", "*.safetensors", "*.bin", "*.onnx", "*.h5", "*.hdf5", "*.pkl",
+        "*.pickle", "*.joblib", "*.msgpack", "*.tflite", "*.gguf"),
+    "archive": ("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.7z", "*.rar"),
+    "by its name a secret": (
+        "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.env", "secrets.*", "credentials*.json",
+        "*.p12", "*.pfx", "kubeconfig*", "*netrc"),
+    "training log": ("*.tfevents.*",),
+}
 ARRAYS, ARRAY_LIMIT = (".npz", ".npy"), 1e6  # small ones are results, large ones are data
 
 # An absolute path: /name/, ~/ or C:\, but not what is the same on every Linux machine.
@@ -26,7 +37,7 @@ SYSTEM = r"(?!/(?:dev|proc|sys)/)"
 IN_PYTHON = re.compile(rf"(?:file://)?(?:{SYSTEM}/[\w.-]+/|~\w*/|[A-Za-z]:[\\/])")
 # In other text it starts a value; "https://...", "a/b" and "$HOME/x" have something else before the slash.
 IN_TEXT = re.compile(rf"(?:^|[\s=:,\[({{<>|])['\"]?((?:file://)?(?:{SYSTEM}/\w|~\w*/|\b[A-Za-z]:[\\/])[^\s'\",\])}}]*)")
-TEXT_SUFFIXES = {".yaml", ".yml", ".json", ".toml", ".sh"}
+TEXT_SUFFIXES = {".yaml", ".yml", ".json", ".toml", ".sh", ".cfg", ".ini", ".ipynb"}
 RESERVED = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.I)
 
 
@@ -46,12 +57,16 @@ def python_paths(source):
         elif isinstance(node, ast.JoinedStr):
             tails.update(node.values[1:])
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in tails:
-            if IN_PYTHON.match(node.value):
-                yield node.lineno, node.value
+        if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)) and node not in tails:
+            text = node.value if isinstance(node.value, str) else node.value.decode("latin-1")
+            if IN_PYTHON.match(text.lstrip()):
+                yield node.lineno, text
 
 
 def text_paths(source, suffix):
+    if suffix == ".ipynb":  # JSON, with lists of lines; a line is counted in the cells of code alone
+        cells = (cell["source"] for cell in json.loads(source)["cells"] if cell["cell_type"] == "code")
+        source = "\n".join("".join(cell) for cell in cells)
     for number, line in enumerate(source.splitlines(), 1):
         if suffix != ".json":
             line = re.sub(r"(^|\s)#.*", "", line)  # comments, and with them the shebang line
@@ -71,7 +86,7 @@ def absolute_paths(path):
             found = list(text_paths(path.read_text("utf-8"), suffix))
         else:
             return []
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError, LookupError, RecursionError) as error:
         line = getattr(error, "lineno", None) or 1
         return [f"{name}:{line}: cannot be read ({getattr(error, 'msg', error)}): mend it first"]
     return [f"{name}:{line}: absolute path {text!r}: use one relative to code/" for line, text in found]
@@ -79,9 +94,12 @@ def absolute_paths(path):
 
 def why_left_out(path):
     """The reason why a file or folder is not packed, or None."""
-    name = path.name.lower()
-    if name.startswith("."):
+    target = path.resolve() if path.exists() else path  # what a link leads to
+    if not target.is_relative_to(ROOT):
+        return "link out of the project"
+    if any(part.startswith(".") for part in (path.name, *target.relative_to(ROOT).parts)):
         return "hidden"
+    name = target.name.lower()
     if path.is_dir():
         if name == "__pycache__":
             return "cache"
@@ -90,27 +108,26 @@ def why_left_out(path):
             return "the course wants no data, logs or models"
         return "link to a folder" if path.is_symlink() else None
     if not path.is_file():
-        return "dead link" if path.is_symlink() else "no regular file"
-    if name.endswith(WEIGHTS):
-        return "weights; --model puts one in"
-    if ".tfevents." in name:
-        return "training log"
+        return "no regular file" if path.exists() else "dead link"
+    for why, patterns in LEFT_OUT_FILES.items():
+        if any(fnmatchcase(each, pattern) for pattern in patterns for each in (name, path.name.lower())):
+            return why
     if name.endswith(ARRAYS) and path.stat().st_size > ARRAY_LIMIT:
         return "array over 1 MB"
     return None
 
 
-def collect(folder, arcname, files, left_out):
-    """Add the contents of a folder to files, {name in the zip: path}, or to left_out, [(path, reason)]."""
-    for path in sorted(folder.iterdir()):
-        name = f"{arcname}/{path.name}"
+def collect(paths, prefix, files, left_out):
+    """Add files, and what folders hold, to files, {name in the zip: path}, or to left_out, [(path, reason)]."""
+    for path in sorted(paths):
+        name = prefix + path.name
         if name == "code/configs" and (path.is_symlink() or path.is_file()):
             continue  # the link to ../configs, or the text file in its place on Windows
         why = why_left_out(path)
         if why:
             left_out.append((path, why))
         elif path.is_dir():
-            collect(path, name, files, left_out)
+            collect(path.iterdir(), name + "/", files, left_out)
         else:
             files[name] = path
 
@@ -124,8 +141,10 @@ def gather():
     for name, folder in sources.items():
         if not folder.is_dir():
             raise Refused(f"{folder.name}/ is missing: the zip must hold it as {name}/")
-        collect(folder, name, files, left_out)
-    files.update({name: ROOT / name for name in TOP_FILES if (ROOT / name).is_file()})
+        if not folder.resolve().is_relative_to(ROOT):
+            raise Refused(f"{folder.name}/ is a link out of the project: put the folder itself there")
+        collect(folder.iterdir(), name + "/", files, left_out)
+    collect([ROOT / name for name in TOP_FILES if os.path.lexists(ROOT / name)], "", files, left_out)
     return files, left_out
 
 
@@ -179,10 +198,11 @@ def main():
 
     if args.output.is_dir() or not args.output.parent.is_dir():
         raise Refused(f"--output {args.output}: must be a file in a folder that exists")
+    if args.output.suffix.lower() != ".zip" or args.model and args.model.resolve() == args.output.resolve():
+        raise Refused(f"--output {args.output}: must end in .zip, and not be the model")
     if args.output.exists() and not args.overwrite:
         raise Refused(f"{args.output} is there already: --overwrite replaces it")
     files, left_out = gather()
-    files = {name: path for name, path in files.items() if path.resolve() != args.output.resolve()}
     if args.model:
         if not args.model.is_file():
             raise Refused(f"--model {args.model}: no such file")
@@ -194,6 +214,9 @@ def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters that a file name has
     for path, why in left_out:
         print(f"left out  {path.relative_to(ROOT).as_posix()} ({why})")
+    for name, path in sorted(files.items()):
+        if path.is_symlink():
+            print(f"followed  {name} -> {path.resolve()}")
     for top in (*FOLDERS, *TOP_FILES):
         sizes = [path.stat().st_size for name, path in files.items() if name.split("/")[0] == top]
         if sizes:

@@ -80,6 +80,13 @@ def main(argv=None):
                          "the search for copies takes for unseen ones; give --no-memorization")
     config["dataset"]["data_folder"] = args.data_folder or config["dataset"]["data_folder"]
     config["eval"]["features"] = args.features or config["eval"]["features"]
+    if not model:
+        data = config["dataset"]
+        one, _, shape = libs.build_dataset(data["name"], "train", data["data_folder"], data["img_size"], limit=1)
+        images = read_images(source, shape[0], one.classes, shape[1:])
+        order = torch.randperm(len(images), generator=seeded_generator(args.seed, "subset"))
+        images = images.take(order[:args.num])
+        check_count(args, len(images), f"images in {args.source}")
 
     # 3. Real and generated images
     real = RealImages(config, device)
@@ -92,11 +99,6 @@ def main(argv=None):
         images = ImageSet(draw(model, settings, args, model_labels, device), labels, real.train.classes)
         figures |= {"step": state.get("step", 0), **settings, "network_calls": network_calls(model, settings),
                     "seed": args.seed}
-    else:
-        images = read_images(source, real.train.shape[1], real.train.classes)
-        order = torch.randperm(len(images), generator=seeded_generator(args.seed, "subset"))
-        images = images.take(order[:args.num])
-        check_count(args, len(images), f"images in {args.source}")
 
     # 4. Compare them
     print("comparing" + ("" if args.no_memorization else ", then looking for copies of training images"), flush=True)

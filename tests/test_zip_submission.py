@@ -1,5 +1,7 @@
 """zip_submission.py as a user runs it, on small made-up projects."""
 
+import json
+import os
 import random
 import shutil
 import subprocess
@@ -9,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "zip_submission.py"
+from scripts import PROJECT
+
+SCRIPT = Path(PROJECT) / "zip_submission.py"
 FILES = {
     "README.md": "read me",
     "requirements.txt": "torch",
@@ -115,6 +119,12 @@ def test_what_stays_behind_is_listed(project):
         "results/a.pt": "weights",
         "results/b.safetensors": "weights",
         "results/events.out.tfevents.17.host": "training log",
+        **{f"code/{name}": "secret" for name in (
+            "id_rsa", "id_ed25519.pub", "key.pem", "server.key", "secrets.env", "secrets.yaml", "Credentials.json",
+            "credentials-me.json", "a.p12", "kubeconfig", "_netrc")},
+        **{f"results/{name}": "weights or data" for name in (
+            "a.bin", "a.onnx", "a.h5", "a.pkl", "a.pickle", "a.joblib", "a.msgpack", "a.tflite", "a.gguf")},
+        **{f"results/{name}": "archive" for name in ("a.zip", "a.tar", "a.tar.gz", "a.7z")},
         "results/big.npz": "array over 1 MB",
     }
     put(project, {name: bytes(1_100_000 if "big" in name else 1) for name in stays})
@@ -143,6 +153,55 @@ def test_links_are_followed_for_files_only(project):
     packed = content(project / "submission.zip")
     assert set(packed) == PACKED | {"results/curve.png"} and packed["results/curve.png"] == b"a curve"
     assert "results/all (link to a folder)" in result.stdout and "results/dead.png (dead link)" in result.stdout
+    assert f"followed  results/curve.png -> {project / 'elsewhere/curve.png'}" in result.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no right to make links")
+def test_links_out_of_the_project(project, tmp_path):
+    put(tmp_path, {"private/passwd.txt": "root:x", "private/README.md": "mine"})
+    put(project, {".git/config": "token", "keys/id_rsa": "a key"})
+    (project / "README.md").unlink()
+    for name, target in {"code/passwd.txt": "private/passwd.txt", "code/private": "private",
+                         "README.md": "private/README.md", "results/up": "."}.items():
+        (project / name).symlink_to(tmp_path / target)
+    (project / "code/notes.txt").symlink_to("../.git/config")  # within, but under a name that says nothing
+    (project / "code/b.txt").symlink_to("../keys/id_rsa")
+    result = run(project)
+    assert set(content(project / "submission.zip")) == PACKED - {"README.md"}
+    for name in ("code/passwd.txt", "code/private", "README.md", "results/up"):
+        assert f"left out  {name} (link out of the project)" in result.stdout
+    assert "code/notes.txt (hidden)" in result.stdout and "code/b.txt (by its name a secret)" in result.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no right to make links")
+@pytest.mark.parametrize("name", ["code", "writeup", "results", "configs"])
+def test_a_whole_folder_elsewhere(project, tmp_path, name):
+    (project / name).rename(tmp_path / "elsewhere")
+    (project / name).symlink_to("../elsewhere")
+    assert refused(project) == [f"{name}/ is a link out of the project: put the folder itself there"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_is_not_opened(project):
+    for name in ("code/pipe.py", "code/libs/pipe.yaml", "results/pipe", "writeup/a.pdf"):
+        os.mkfifo(project / name)
+    (project / "code/link.py").symlink_to("pipe.py")
+    result = run(project)
+    assert set(content(project / "submission.zip")) == PACKED and result.stdout.count("(no regular file)") == 5
+
+
+@pytest.mark.parametrize("output", ["code/train.py", "results/samples.png", "submission"])
+def test_a_source_file_is_no_output(project, output):
+    before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
+    (reason,) = refused(project, "--output", project / output, "--overwrite")
+    assert output in reason and "must end in .zip" in reason
+    assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file()} == before
+
+
+def test_the_model_is_no_output(project):
+    put(project, {"model.zip": "weights"})
+    (reason,) = refused(project, "--model", project / "model.zip", "--output", project / "model.zip", "--overwrite")
+    assert "not be the model" in reason and (project / "model.zip").read_bytes() == b"weights"
 
 
 @pytest.mark.parametrize("folder", ["logs/run", "results"])
@@ -173,6 +232,12 @@ ABSOLUTE = [  # file, text, line, path
     ("code/d.py", "x = f'/home/{user}/data'\n", 1, "/home/"),
     ("code/e.py", "x = '/scratch/' + name\ny = 'file:///home/me/x'\n", 1, "/scratch/"),
     ("code/e.py", "x = '/scratch/' + name\ny = 'file:///home/me/x'\n", 2, "file:///home/me/x"),
+    ("code/i.py", "x = b'/home/me/x'\n", 1, "/home/me/x"),
+    ("code/j.py", "x = 1\nf(' /home/me/x')\n", 2, " /home/me/x"),
+    ("code/k.ini", "[data]\nroot = /home/me/x\n", 2, "/home/me/x"),
+    ("code/l.cfg", "root=~/x\n", 1, "~/x"),
+    ("code/m.ipynb", json.dumps({"cells": [{"cell_type": "markdown", "source": ["in /a/b"]}, {
+        "cell_type": "code", "source": ["import x\n", "x.open(\"/home/me/x\")"]}]}), 2, "/home/me/x"),
     ("code/f.sh", "#!/bin/sh\ncd /home/me/code\n", 2, "/home/me/code"),
     ("code/g.sh", 'D="/home/me"\n', 1, "/home/me"),
     ("code/h.sh", "P=$P:/opt/bin\n", 1, "/opt/bin"),
@@ -184,12 +249,13 @@ ABSOLUTE = [  # file, text, line, path
 
 def test_absolute_paths_are_named(project):
     put(project, {name: text for name, text, _, _ in ABSOLUTE})
-    put(project, {"code/z.py": "x = 1\nif x\n"})
+    put(project, {"code/z.py": "x = 1\nif x\n", "code/y.ipynb": "[1]", "code/x.json": "[" * 100_000})
     reasons = refused(project)
     for name, _, line, path in ABSOLUTE:
         assert f"{name}:{line}: absolute path {path!r}: use one relative to code/" in reasons
     assert any(reason.startswith("code/z.py:2: cannot be read") for reason in reasons)
-    assert len(reasons) == len(ABSOLUTE) + 1
+    assert any(reason.startswith("code/y.ipynb:1: cannot be read") for reason in reasons)
+    assert len(reasons) == len(ABSOLUTE) + 2
 
 
 def test_what_only_looks_like_an_absolute_path(project):
@@ -227,9 +293,9 @@ def test_missing_contents(project):
 
 
 def test_a_zip_over_50_mb(project):
-    put(project, {"results/noise.bin": random.Random(0).randbytes(50_100_000)})
+    put(project, {"results/noise.png": random.Random(0).randbytes(50_100_000)})
     (reason,) = refused(project)
-    assert reason.startswith("submission.zip would have 50.1 MB, over 50 MB; the largest file is results/noise.bin (50.1 MB)")
+    assert reason.startswith("submission.zip would have 50.1 MB, over 50 MB; the largest file is results/noise.png (50.1 MB)")
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="such names cannot be made here")

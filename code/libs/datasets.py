@@ -1,5 +1,7 @@
 """Data sets: images as one uint8 tensor, turned into float batches with no Python work per image."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -209,6 +211,9 @@ def build_dataset(name, split, data_folder, img_size=None, value_range=None, lim
 def _load_torchvision(name, train, root):
     """A data set of torchvision's as (uint8 N x C x S x S, labels, class names); downloads what is missing."""
     try:
+        for path in Path(root, name).glob("*/*"):
+            if not path.is_file() or path.stat().st_size > 10 ** 8:
+                raise ValueError(f"{path.relative_to(root)} is none of its files; delete it")
         if name == "MNIST":
             fetch_mnist(root)
         data = getattr(tv, name)(root, train=train, download=True)
@@ -219,7 +224,11 @@ def _load_torchvision(name, train, root):
     images = torch.as_tensor(data.data)
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
     classes = [name.split(" - ")[0] for name in data.classes]  # "7 - seven": the class of sevens is called 7
-    return images, torch.as_tensor(data.targets, dtype=torch.long), classes
+    labels = torch.as_tensor(data.targets, dtype=torch.long)
+    if images.shape[1:] != KNOWN[name][0] or labels.shape != images.shape[:1]:
+        raise RunError(f"dataset.data_folder: images {tuple(images.shape)} and labels {tuple(labels.shape)} are not "
+                       f"{name}; delete {Path(root, name)}")
+    return images, labels, classes
 
 
 def _resize(images, size):

@@ -1,7 +1,10 @@
 """Image folders: one sub-folder per class, JPEG or PNG or whatever Pillow reads."""
 
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Lock, Semaphore
 
 import numpy as np
 import torch
@@ -12,6 +15,11 @@ from ..common.errors import UsageError, display_path, first_line
 from ..common.memory import available_memory
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # others, such as EPS, start a program
+MEGAPIXELS = 100  # that are decoded at once, in all threads; takes up to 2 GB
+free, turn = Semaphore(MEGAPIXELS), Lock()
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # what it cannot read it raises
 
 
 def find_split(root, train):
@@ -32,45 +40,70 @@ def find_split(root, train):
     return root
 
 
-def class_names(folder):
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+def list_folder(folder, key="dataset.data_folder"):
+    """(paths of image files, names of sub-folders), sorted, none hidden. key: what is blamed if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:  # hidden: such as ._0001.jpg, which macOS puts beside 0001.jpg
+            entries = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+        return [e.path for e in entries if e.name.lower().endswith(EXTENSIONS)], [e.name for e in entries if e.is_dir()]
+    except OSError as e:
+        raise UsageError(f"{key}: cannot read the folder {folder} ({e.strerror})") from None
 
 
 def scan_folder(root, train):
     """(paths, labels, class names) of one split. Classes are the training split's, matched by name."""
     folder = find_split(root, train)
-    present = class_names(folder)
+    _, present = list_folder(folder)
     if not present:
         raise UsageError(f"dataset.data_folder: {folder} has no class folders; it needs one sub-folder per class")
     training = os.path.join(root, "train")
-    classes = class_names(training) if not train and os.path.isdir(training) else present
+    classes = list_folder(training)[1] if not train and os.path.isdir(training) else present
     paths, labels = [], []
     for name in present:
         if name not in classes:
             raise UsageError(f"dataset.data_folder: class {name} in {folder} is none of the training classes "
                              f"({', '.join(classes)})")
-        files = sorted(f for f in os.listdir(os.path.join(folder, name)) if f.lower().endswith(EXTENSIONS)
-                       and not f.startswith("."))  # such as ._0001.jpg, which macOS puts beside 0001.jpg
+        files, _ = list_folder(os.path.join(folder, name))
         if not files:
             raise UsageError(f"dataset.data_folder: the class folder {os.path.join(folder, name)} has no images")
-        paths += [os.path.join(folder, name, f) for f in files]
+        paths += files
         labels += [classes.index(name)] * len(files)
     return paths, torch.tensor(labels), classes
 
 
+@contextmanager
+def open_image(path, key="dataset.data_folder"):
+    """A Pillow image, not yet decoded. What fails while it is open is a UsageError that names `key` and the file."""
+    try:
+        if not os.path.isfile(path):  # a pipe would be waited for without end
+            raise ValueError("no regular file")
+        with Image.open(path, formats=FORMATS) as image:
+            need = image.width * image.height // 10 ** 6 + 1
+            if need > MEGAPIXELS:
+                raise ValueError(f"{image.width} x {image.height}; must be below {MEGAPIXELS} megapixels")
+            with turn:  # so that no two threads with half of what they need wait for each other
+                for _ in range(need):
+                    free.acquire()
+            try:
+                yield image
+            finally:
+                free.release(need)
+    except UsageError:
+        raise
+    except Exception as e:  # a broken file makes its decoder raise almost anything
+        raise UsageError(f"{key}: broken image file {path} ({first_line(e)})") from None
+
+
 def decode(path, size):
     """Read an image as uint8 3 x size x size: shorter side resized to `size`, centre cropped to a square."""
-    try:
-        with Image.open(path) as image:
-            if image.format == "JPEG":
-                image.draft("RGB", (2 * size, 2 * size))  # decode at a lower resolution where that is enough
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
-                image = Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8))
-            image = image.convert("RGB")
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    except Exception as e:  # a broken file makes its decoder raise almost anything
-        raise UsageError(f"dataset.data_folder: broken image file {path} ({first_line(e)})") from None
+    with open_image(path) as image:
+        if image.format == "JPEG":
+            image.draft("RGB", (2 * size, 2 * size))  # decode at a lower resolution where that is enough
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
+            image = Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8))
+        image = image.convert("RGB")
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -81,9 +114,15 @@ class FileImages:
         self.paths, self.num_workers = paths, num_workers
         self.shape = (len(paths), 3, size, size)
 
+    def _decode(self, path):
+        return decode(path, self.shape[-1])
+
     def __getitem__(self, index):
+        images = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8)
         with ThreadPoolExecutor(self.num_workers) as pool:  # Pillow decodes outside the interpreter's lock
-            return torch.stack(list(pool.map(lambda i: decode(self.paths[i], self.shape[-1]), index.tolist())))
+            for out, image in zip(images, pool.map(self._decode, [self.paths[k] for k in index.tolist()])):
+                out.copy_(image)
+        return images
 
 
 def read_files(paths, size, root):

@@ -1,16 +1,15 @@
 """Sets of images as uint8, from memory, a folder or an .npz file: the two sides of every comparison."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..common.errors import UsageError, display_path, first_line
 from ..common.files import atomic_file
-from .folders import EXTENSIONS
+from ..common.memory import check_memory
+from .folders import FileImages, list_folder, open_image
 
 
 class ImageSet:
@@ -62,7 +61,7 @@ class ImageSet:
         return digest.hexdigest()
 
 
-class FolderImages:
+class FolderImages(FileImages):
     """Images that stay on disk: `images[index]` decodes those as uint8 B x C x H x W, in threads.
 
     Pixels as they are stored, neither resized nor rotated: what pytorch-fid and torch-fidelity read too. All images
@@ -70,33 +69,24 @@ class FolderImages:
     """
 
     def __init__(self, paths, channels):
-        self.paths, self.channels = paths, channels
-        self.shape = (len(paths), *self._decode(paths[0]).shape)
-
-    def __getitem__(self, index):
-        images = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8)
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-            for out, k, image in zip(images, index, pool.map(self._decode, [self.paths[k] for k in index])):
-                if image.shape != out.shape:
-                    raise UsageError(f"{display_path(self.paths[k])} is {times(image.shape)}, but "
-                                     f"{display_path(self.paths[0])} is {times(out.shape)} (C x H x W); all images of "
-                                     "a set must have one size")
-                out.copy_(image)
-        return images
+        super().__init__(paths, None, num_workers=None)  # of threads: as many as fit the processors
+        self.channels = channels
+        with open_image(paths[0], "images") as image:
+            self.shape = (len(paths), channels, image.height, image.width)
 
     def _decode(self, path):
-        try:
-            with Image.open(path) as image:
-                mode = image.mode
-                pixels = torch.from_numpy(np.array(image.convert("L" if mode in ("1", "L", "LA") else "RGB")))
-        except Exception as e:  # a broken file makes its decoder raise almost anything
-            raise UsageError(f"broken image file {display_path(path)} ({first_line(e)})") from None
-        if mode.startswith(("I", "F")):
-            raise UsageError(f"{display_path(path)}: Pillow's mode {mode}; must be grey or RGB of 8 bits")
+        with open_image(path, "images") as image:
+            shape, mode = (self.channels, image.height, image.width), image.mode
+            if shape != self.shape[1:]:
+                raise UsageError(f"{display_path(path)} is {times(shape)}, but {display_path(self.paths[0])} is "
+                                 f"{times(self.shape[1:])} (C x H x W); all images of a set must have one size")
+            if mode.startswith(("I", "F")):
+                raise UsageError(f"{display_path(path)}: Pillow's mode {mode}; must be grey or RGB of 8 bits")
+            pixels = torch.from_numpy(np.array(image.convert("L" if mode in ("1", "L", "LA") else "RGB")))
         return to_channels(pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1), self.channels)
 
 
-def read_images(path, channels, classes):
+def read_images(path, channels, classes, size=None):
     """Read images to compare: a folder, flat or with one sub-folder per class, or an .npz file.
 
     An .npz file holds uint8 `arr_0`, N x H x W x C, as guided-diffusion's evaluation reads it and `write_npz` writes
@@ -106,6 +96,7 @@ def read_images(path, channels, classes):
         channels: 1 or 3: what the images are converted to.
         classes: names of the classes that labels count in. A class folder is matched by its name, and some may be
             missing.
+        size: (H, W) that they must have; None: any.
 
     Returns:
         ImageSet; labels are None for a flat folder and an .npz file without them.
@@ -114,21 +105,18 @@ def read_images(path, channels, classes):
         UsageError: nothing there, no images, a class that is none of `classes`, a broken file, an array of another
             type or shape. Sizes that differ are found when the images are read.
     """
-    if os.path.isdir(path):
-        return _read_folder(path, channels, classes)
-    if not os.path.exists(path):
+    if not os.path.isdir(path) and not os.path.isfile(path):
         raise UsageError(f"no images {display_path(path)}: there is no such folder or file")
-    return _read_npz(path, channels, classes)
-
-
-def _image_files(folder):
-    return sorted(e.path for e in os.scandir(folder) if e.is_file() and not e.name.startswith(".")
-                  and e.name.lower().endswith(EXTENSIONS))
+    images = (_read_folder if os.path.isdir(path) else _read_npz)(path, channels, classes)
+    if size and images.shape[2:] != tuple(size):
+        raise UsageError(f"{display_path(path)}: images are {times(images.shape[2:])}, those of the data set "
+                         f"{times(size)}")
+    return images
 
 
 def _read_folder(path, channels, classes):
-    by_class = {e.name: _image_files(e.path) for e in os.scandir(path) if e.is_dir() and not e.name.startswith(".")}
-    flat = _image_files(path)
+    flat, folders = list_folder(path, "images")
+    by_class = {name: list_folder(os.path.join(path, name), "images")[0] for name in folders}
     if flat and any(by_class.values()):
         raise UsageError(f"folder {display_path(path)} has images and folders of images; must be the one or the other")
     if flat:
@@ -147,19 +135,29 @@ def _read_folder(path, channels, classes):
 def _read_npz(path, channels, classes):
     name = display_path(path)
     try:
-        with np.load(path, allow_pickle=False) as arrays:  # a pickle could run code
+        # a pickle could run code; a file of another kind is mapped, not read
+        with np.load(path, mmap_mode="r", allow_pickle=False) as arrays:
+            packed, unpacked = os.path.getsize(path), sum(member.file_size for member in arrays.zip.infolist())
+            if unpacked > max(100 * packed, 2 ** 28):
+                raise ValueError(f"{unpacked:,} bytes packed into {packed:,} are no photographs or digits")
+            if len(set(arrays.files)) < len(arrays.files):
+                raise ValueError("an array is in it twice")
+            check_memory(4 * unpacked, f"reading {name}", "take fewer images")
             images = arrays["arr_0"]
             labels = arrays["labels"] if "labels" in arrays.files else None
+    except UsageError:
+        raise
     except Exception as e:  # a damaged file makes zipfile, zlib and NumPy raise almost anything
         raise UsageError(f"{name} is damaged or no .npz file with an array arr_0 ({first_line(e)})") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
-        raise UsageError(f"{name}: arr_0 is {images.dtype} {times(images.shape)}; must be uint8 N x H x W x C, "
+        raise UsageError(f"{name}: arr_0 is {images.dtype.name} {times(images.shape)}; must be uint8 N x H x W x C, "
                          "C being 1 or 3")
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     images = torch.cat([to_channels(part, channels) for part in images.split(1000)])
     if labels is not None:
         if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-            raise UsageError(f"{name}: labels is {labels.dtype} of shape {labels.shape}; must be {len(images)} integers")
+            raise UsageError(f"{name}: labels is {labels.dtype.name} of shape {labels.shape}; must be {len(images)} "
+                             "integers")
         if labels.min() < 0 or labels.max() >= len(classes):
             raise UsageError(f"{name}: labels run from {labels.min()} to {labels.max()}; must be from 0 to "
                              f"{len(classes) - 1}")

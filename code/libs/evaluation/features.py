@@ -192,7 +192,7 @@ def cached_features(extractor, images, what):
     key = f"{extractor.name} {extractor.hash} {extractor.dim} {digest}"
     folder = os.path.join(config.CACHE, "features")
     path = os.path.join(folder, f"{extractor.name}-{extractor.hash}-{len(images)}-{digest[:12]}.pt")
-    if os.path.exists(path):
+    if os.path.isfile(path):
         try:
             return _read_cache(path, key, torch.empty(len(images), extractor.dim))
         except Exception as e:  # a damaged file makes zipfile and torch raise almost anything

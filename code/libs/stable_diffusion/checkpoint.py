@@ -47,7 +47,8 @@ def load_checkpoint(path, dtype=None, device="cpu", ema=True, model=None):
         model: {"unet": {...}, "autoencoder": {...}, "text_encoder": {...}}, arguments for a model of other sizes.
 
     Raises:
-        UsageError: no such file, a damaged one, another model's, missing or unexpected tensors, wrong shapes.
+        UsageError: no such file, a damaged one, another model's, missing or unexpected tensors, wrong shapes,
+            weights that are not finite.
     """
     device = torch.device(device)
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
@@ -59,8 +60,11 @@ def load_checkpoint(path, dtype=None, device="cpu", ema=True, model=None):
     tokenizer = Tokenizer()
     for prefix, part in parts.items():
         # to() returns the tensor itself if nothing changes
-        part.load_state_dict({name: tensors.pop(prefix + name).to(device, precision(prefix, dtype))
-                              for name in part.state_dict()}, assign=True)
+        weights = {name: tensors.pop(prefix + name).to(device, precision(prefix, dtype)) for name in part.state_dict()}
+        for name, weight in weights.items():
+            if not torch.stack(weight.aminmax()).isfinite().all():  # which let NaN through, and take no memory
+                raise UsageError(f"checkpoint {path}: {prefix}{name} is not finite in {weight.dtype}")
+        part.load_state_dict(weights, assign=True)
     parts[UNET].time_pe = SinusoidalPE(parts[UNET].time_pe.dim).to(device, dtype)  # its buffer is in no checkpoint
     sd = StableDiffusion(*parts.values(), tokenizer).to(device)
     sd.weights = "ema" if averaged else "plain"
