@@ -44,9 +44,9 @@ TRAIN = ["train.py tiny.yaml --output a", "train.py tiny.yaml --dry-run", "train
          "train.py latent.yaml --output a"]
 RESUME = ["train.py --resume RUN --set train_cfg.epochs=2", "train.py tiny.yaml --resume RUN --dry-run",
           "train.py --resume RUN/epoch_000.pth.tar --set train_cfg.epochs=2"]
-DRAW = ["sample.py RUN --num 2", "sample.py RUN --num 2 --output s.npz --steps 3", "sample.py RUN --num 1 --output s.gif",
+DRAW = ["sample.py RUN --num 2", "sample.py RUN --num 2 --output s.npz --steps 3",
         "sample.py RUN/epoch_000.pth.tar --num 1 --output new/ --sampler heun --steps 2",
-        "sample.py RUN --compare heun:2,euler:2 --output s.png", "sample.py RUN --interpolate 2 --sampler heun --steps 2",
+        "sample.py RUN --labels 1,0 --num 3 --sampler dpmpp_2m --eta 0.5",
         "export.py RUN e.pth.tar --half", "export.py RUN/epoch_000.pth.tar e.pth.tar"]
 JUDGE = ["evaluate.py RUN --num 4 --no-memorization --steps 2", "compare.py samplers RUN heun:2 --num 4",
          "compare.py samplers RUN heun:2 --num 4 --output samplers.json", "compare.py runs RUN RUN2 --num 4 --sampler DDPM=heun:2"]
@@ -60,7 +60,7 @@ OTHERS = ["benchmark.py no.yaml --rounds 1", "train_classifier.py --data-folder 
 SAMPLING = "--sampler --steps --guidance-scale --guidance-interval --clip --no-clip --eta --spacing --S-churn"
 FLAGS = {"train.py": "-p -c --output --resume --set --dry-run",
          "train_autoencoder.py": "-p -c --output --resume --set --dry-run --evaluate",
-         "sample.py": f"--config --labels --num --interpolate --compare --seed --batch-size --device --output {SAMPLING}",
+         "sample.py": f"--config --labels --num --seed --batch-size --device --output {SAMPLING}",
          "evaluate.py": f"--config --num --features --seed --batch-size --device --data-folder --output {SAMPLING}",
          "compare.py": "--seeds --sampler --seed --num --output --batch-size --device", "export.py": "--half",
          "plot_results.py": "--output --epochs --columns",

@@ -108,8 +108,7 @@ def main(argv=None):
             copies = report["copies"]
             rows.append({"kind": kind, "true_share": share} | {
                 key: copies[key] for key in ("detected", "share", "share_low", "share_high", "p_value")} | {
-                f"{measure}_{space}": report[space][measure] for space in ("pixels", "features")
-                for measure in ("ratio", "C_T", "authentic_generated")})
+                f"ratio_{space}": report[space]["ratio"] for space in ("pixels", "features")})
             bar.write(f"{kind:<13}{share:>5.0%}  {copies['verdict']}")
             bar.update()
     with open(args.output, "w") as f:

@@ -1,6 +1,5 @@
 """sample.py: every kind of output, the same images whatever the batches, and what it refuses."""
 
-import math
 import os
 
 import numpy as np
@@ -11,13 +10,10 @@ from PIL import Image
 import sample
 from helpers import Place, one_line
 from libs import RunError, UsageError, load_model, sampling_settings
-from libs.common.pictures import folder_names, grid, write_folder, write_gif
-from libs.common.seeds import image_noise
+from libs.common.pictures import folder_names, write_folder
 from libs.data.images import read_images, to_uint8
 from libs.models import sample_images
 from libs.samplers import image_generator
-from libs.unet import UNet
-from sample import interpolated_noise
 
 CLASSES = ["cat", "dog"]
 MODEL = ["model.label_dropout=0.1", "model.prediction=v", "model.timesteps=30", "model.beta_schedule=cosine"]
@@ -121,94 +117,6 @@ def test_folders_keep_to_their_place(tmp_path):
     assert sorted(tmp_path.rglob("*.png")) == [tmp_path / "x/cat/00000.png", tmp_path / "x/dog/00001.png"]
 
 
-def test_gif_goes_from_the_noise_to_the_grid(place, call, monkeypatch):
-    monkeypatch.setattr(sample, "FRAMES", 4)
-    call("--steps", "8", "--num", "2", "--output", "a.gif")
-    call("--steps", "8", "--num", "2")  # samples.png
-    frames, milliseconds = [], []
-    with Image.open("a.gif") as film:
-        assert film.n_frames == 5 and film.info["loop"] == 0
-        for k in range(5):
-            film.seek(k)
-            frames.append(pixels(film))
-            milliseconds.append(film.info["duration"])
-    assert milliseconds == [100] * 4 + [2000]
-    noise, end = to_uint8(image_noise(0, range(4), (3, 16, 16)) / 2 + 0.5), pixels(Image.open("samples.png"))
-    # 256 colours a frame: pixels are near what they were
-    assert (cell(frames[0], 1, 0) - noise[1].int()).abs().float().mean() < 20
-    distances = [(frame - end).abs().float().mean() for frame in frames]
-    assert distances[-1] < 20 and distances[-1] == min(distances) < distances[0] / 2
-
-
-def test_grey_frames_stay_grey(tmp_path):
-    frames = torch.randint(256, (3, 6, 1, 16, 16), dtype=torch.uint8)
-    write_gif(str(tmp_path / "a.gif"), [grid(images, 3) for images in frames])
-    with Image.open(tmp_path / "a.gif") as film:
-        for k, images in enumerate(frames):
-            film.seek(k)
-            for i, image in enumerate(images):
-                # 256 greys and transparency share 256 colours
-                assert (cell(pixels(film), i // 3, i % 3) - image.int()).abs().max() <= 4
-
-
-def test_interpolated_noise_is_standard_normal_all_the_way():
-    start, end = torch.randn(2, 3, 4, 64, 64, dtype=torch.float64)
-    z = interpolated_noise(start, end, 5)
-    assert z.shape == (5, 3, 4, 64, 64) and torch.equal(z[0], start)
-    torch.testing.assert_close(z[-1], end)
-    torch.testing.assert_close(z[1], math.cos(math.pi / 8) * start + math.sin(math.pi / 8) * end)
-    # 49,152 values: their variance is 1 +- 0.0064, and that of a straight line's middle would be 1/2
-    assert (z.flatten(1).var(1) - 1).abs().max() < 5 * 0.0064
-
-
-def test_interpolation_goes_from_one_image_to_the_next(place, call, drawn):
-    ends = drawn("--num", "2").images
-    call("--interpolate", "5", "--output", "i.png", "--batch-size", "3")
-    picture = pixels(Image.open("i.png"))
-    assert picture.shape == (3, 2 * 17 + 1, 5 * 17 + 1)
-    model, config = load_model(str(place.model))
-    start, end = image_noise(0, range(4), model.img_shape).chunk(2)
-    middle = to_uint8(sample_images(model, torch.arange(2), sampling_settings(model, config), (start + end) / 2 ** 0.5))
-    for row in (0, 1):
-        assert close(cell(picture, row, 0), ends[row]) and close(cell(picture, row, 4), ends[2 + row])
-        assert close(cell(picture, row, 2), middle[row])
-
-
-def test_interpolation_is_without_fresh_noise(place, call):
-    """Also where the sampler would add some: neighbours in a row stay similar."""
-    call("--interpolate", "3", "--eta", "1", "--output", "a.png")
-    call("--interpolate", "3", "--output", "b.png")
-    assert torch.equal(*(pixels(Image.open(name)) for name in ("a.png", "b.png")))
-
-
-def test_sheet_compares_samplers_on_the_same_noise(place, call, drawn, monkeypatch, capsys):
-    bars, seen, forward = [], [], UNet.forward
-
-    class Bar(sample.tqdm):
-        def __init__(self, **options):
-            super().__init__(**{**options, "disable": False})
-
-        def close(self):
-            bars.append((self.n, self.total))
-            super().close()
-
-    monkeypatch.setattr(sample, "tqdm", Bar)
-    monkeypatch.setattr(UNet, "forward", lambda self, x, *rest: seen.append(len(x)) or forward(self, x, *rest))
-    call("--compare", "ddim:3,heun:2,ddpm", "--guidance-scale", "2", "--output", "s.png")
-    calls, out = [2 * 3, 2 * 3, 2 * 30], capsys.readouterr().out
-    for line, n in zip(("ddim, 3 steps", "heun, 2 steps", "ddpm, 30 steps"), calls):
-        assert f"{line}, {n} network calls an image" in out
-    assert sum(seen) == 2 * sum(calls) == bars[0][1] and bars[0][0] == pytest.approx(bars[0][1])  # two images
-    picture = torch.from_numpy(np.array(Image.open("s.png"))).permute(2, 0, 1).int()
-    assert picture.shape[1] == 3 * (20 + ZOOM * 18)
-    for k, flags in enumerate((["ddim", "--steps", "3"], ["heun", "--steps", "2"], ["ddpm"])):
-        images = drawn("--sampler", *flags, "--guidance-scale", "2", "--num", "1").images
-        top = 20 + k * (20 + ZOOM * 18)
-        assert picture[:, top - 20:top].min() < 128 and picture[:, top - 20, 0].min() == 255  # black words on white
-        panel = picture[:, top:top + ZOOM * 18:ZOOM, ::ZOOM]
-        assert close(cell(panel, 0, 0), images[0]) and close(cell(panel, 0, 1), images[1])
-
-
 # ---- settings and checkpoints
 
 def test_settings_reach_the_sampler(place, drawn):
@@ -247,14 +155,7 @@ def test_a_run_folder_or_a_checkpoint_without_a_config(place, call):
     (["--eta", "1", "--sampler", "heun"], ["eta", "heun"]),
     (["--guidance-interval", "3"], ["guidance_interval", "['3']", "a list of 2"]),
     (["--guidance-scale", "-1"], ["guidance_scale", "-1"]),
-    (["--compare", "ddim:x"], ["sample_cfg.steps", "'x'"]),
-    (["--compare", "ddim:3,heum:2"], ["heum", "heun"]),
-    (["--compare", "ddim:3", "--steps", "3"], ["--compare", "--steps"]),
-    (["--compare", "ddim:3", "--output", "a.npz"], ["--output", "a.npz", ".png", "--compare"]),
-    (["--interpolate", "1"], ["--interpolate", "2 is the least"]),
-    (["--interpolate", "3", "--num", "2"], ["--interpolate", "--num"]),
-    (["--interpolate", "3", "--sampler", "ddpm"], ["--interpolate", "ddpm"]),
-    (["--output", "a.jpg"], ["--output", "a.jpg", ".png", ".npz", ".gif"]),
+    (["--output", "a.jpg"], ["--output", "a.jpg", ".png", ".npz"]),
     (["--output", "nowhere/pngs/"], ["--output", "nowhere"]),
     (["--output", "images"], ["--output", "images", "empty"]),
     (["--output", "tiny.yaml/"], ["--output", "tiny.yaml"]),

@@ -148,15 +148,15 @@ def sample_images(model, labels, settings, noise=None, generator=None, callback=
     return draw(model, labels, noise=noise, generator=generator, callback=callback, **settings)
 
 
-def draw_images(model, labels, settings, seed=0, batch_size=100, device="cpu", noise=None, callback=None):
+def draw_images(model, labels, settings, seed=0, batch_size=100, device="cpu", callback=None):
     """Yield images B x C x H x W in [0, 1] on the CPU, one per label.
 
     Image k depends on (seed, k, its label) alone, not on the batch it is in. settings: of `sampling_settings`.
-    noise: N x *model.img_shape, where each image starts, in place of the seed's; callback: see Diffusion.sample.
+    callback: see Diffusion.sample.
     """
     for numbers in torch.arange(len(labels)).split(batch_size):
-        yield sample_images(model, labels[numbers].to(device), settings, None if noise is None else noise[numbers],
-                            image_generator(seed, numbers), callback).cpu()
+        yield sample_images(model, labels[numbers].to(device), settings, generator=image_generator(seed, numbers),
+                            callback=callback).cpu()
 
 
 def check_images(n, config, key, bytes_each=4):

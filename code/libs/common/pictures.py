@@ -1,4 +1,4 @@
-"""Sets of images as people look at them: grids, captioned sheets, animations, folders. All uint8, N x C x H x W."""
+"""Sets of images as people look at them: grids, captioned sheets, folders. All uint8, N x C x H x W."""
 
 import os
 import shutil
@@ -45,13 +45,6 @@ def write_png(path, picture):
     """Write a Pillow image, whole or not at all. RunError where that is impossible."""
     with atomic_file(path) as f:
         picture.save(f, "PNG")
-
-
-def write_gif(path, pictures, milliseconds=100, last=2000):
-    """Write Pillow images as an endless animation, the last frame shown longer; whole or not at all (RunError)."""
-    durations = [milliseconds] * (len(pictures) - 1) + [last]
-    with atomic_file(path) as f:
-        pictures[0].save(f, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
 def folder_names(classes, num_classes):
