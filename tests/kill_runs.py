@@ -22,7 +22,7 @@ from PIL import Image
 
 from scripts import PROJECT, start
 
-EPOCHS, UPDATES = 8, 6
+EPOCHS, UPDATES = 6, 6
 KINDS = {
     "DDPM": {"model_name": "DDPM"},
     "EDM": {"model_name": "EDM", "sample_cfg": {"sampler": "heun", "steps": 4}},
@@ -57,7 +57,8 @@ def differences(a, b, where="checkpoint"):
     if isinstance(a, dict):
         return [x for k in a.keys() | b.keys() for x in differences(a.get(k), b.get(k), f"{where}.{k}")]
     if isinstance(a, (list, tuple)):
-        return [where] * (len(a) != len(b)) + [x for k, y in enumerate(zip(a, b)) for x in differences(*y, f"{where}[{k}]")]
+        nested = [x for k, y in enumerate(zip(a, b)) for x in differences(*y, f"{where}[{k}]")]
+        return [where] * (len(a) != len(b)) + nested
     equal = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     return [] if equal else [where]
 
@@ -106,7 +107,8 @@ def main():
                 kills += 1
                 newest = max((p.name for p in folder.glob("epoch_*.pth.tar")), default="no checkpoint")
                 half = " and a file half written" * any(folder.glob("*.partial"))
-                print(f"kill {kills} of {args.times}: {kind} run {runs} after {delay:.2f} s, with {newest}{half}", flush=True)
+                print(f"kill {kills} of {args.times}: {kind} run {runs} after {delay:.2f} s, with {newest}{half}",
+                      flush=True)
         found = compare(folder, root / "runs" / f"{kind}_whole")
         print(f"{kind} run {runs} is done: " + ("the same bits" if not found else "differs in " + ", ".join(found[:5])))
         runs, equal = runs + 1, equal + (not found)

@@ -2,7 +2,7 @@
 
 python tests/race_runs.py --times 50
 
-Then a live run is resumed, --times / 2.5 times: refused, and the live run ends with the bits of one that was left alone.
+Then a live run is resumed, 20 times for 50: refused, and the live run ends with the bits of one that was left alone.
 No test of the suite, as it takes minutes.
 """
 
@@ -29,7 +29,8 @@ def seeds(folder):
 def race(config, n):
     """Two trainings of one name at once: what is wrong with their ends, or None."""
     folder = config.parent / "runs" / f"{config.stem}_{n}"
-    ends = [wait() for wait in [start("train.py", config, "-c", 1, "--output", n, "--set", f"seed={seed}") for seed in (1, 2)]]
+    both = [start("train.py", config, "-c", 1, "--output", n, "--set", f"seed={seed}") for seed in (1, 2)]
+    ends = [wait() for wait in both]
     won, lost = sorted(ends, key=lambda r: r.status)
     good = won.status == 0 and "done: " in won.out and lost.status == 2 and "Traceback" not in lost.err
     good = good and lost.err.count("\n") == 1 and folder.name in lost.err and seeds(folder) == {1 + ends.index(won)}

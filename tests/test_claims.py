@@ -1,4 +1,4 @@
-"""One training at a time in a run folder; and what becomes of a run whose terminal, curves, folder or disk goes away."""
+"""One training at a time in a run folder; and what becomes of one whose terminal, curves, folder or disk goes away."""
 
 import os
 import re
@@ -77,7 +77,8 @@ def test_two_trainings_of_one_name(config):
 def test_two_trainings_in_the_same_second(config, tmp_path):
     more = ["--set", f"output_folder={tmp_path}", "-c", 1]
     time.sleep(1 - time.time() % 1)  # a second begins
-    runs = [wait() for wait in [start("train.py", config, *more, "--set", f"seed={k}") for k in (1, 2)]]
+    both = [start("train.py", config, *more, "--set", f"seed={k}") for k in (1, 2)]
+    runs = [wait() for wait in both]
     assert [r.status for r in runs] == [0, 0], runs
     folders = {Path(re.search("done: (.*) has", r.out)[1]).name for r in runs}
     assert folders == set(os.listdir(tmp_path)) and len(folders) == 2
@@ -161,6 +162,7 @@ def test_a_full_disk(config, tmp_path):
 
 def test_fewer_epochs_than_are_done(config):
     """Such a run is at its end; it does not go round for ever."""
-    for more in (["--output", "fewer"], ["--resume", config.parent / "runs" / "tiny_fewer", "--set", "train_cfg.epochs=2"]):
+    folder = config.parent / "runs" / "tiny_fewer"
+    for more in (["--output", "fewer"], ["--resume", folder, "--set", "train_cfg.epochs=2"]):
         r = command("train.py", config, *more, seconds=10)
         assert r.status == 0 and "done: " in r.out

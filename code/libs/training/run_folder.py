@@ -80,7 +80,8 @@ class Claim(ExitStack):
         self.callback(self._release)
         self.file.truncate(0)
         with suppress(OSError):  # a full disk: the config that comes next says so
-            os.write(self.file.fileno(), f"{socket.gethostname()}, process {os.getpid()}, since {time.ctime()}\n".encode())
+            me = f"{socket.gethostname()}, process {os.getpid()}, since {time.ctime()}\n"
+            os.write(self.file.fileno(), me.encode())
 
     def holds(self):
         """Whether the claimed folder is still there."""
