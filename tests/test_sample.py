@@ -176,7 +176,7 @@ def test_guidance_of_a_model_that_cannot_be_guided(place, call):
         call("--guidance-scale", "2", checkpoint=place.checkpoint())
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.npz", "a.gif", "a/"])
+@pytest.mark.parametrize("name", ["a.png", "a.npz", "a/"])
 def test_outputs_are_whole_or_not_there(place, call, monkeypatch, name):
     if not name.endswith("/"):
         (place.root / name).write_bytes(b"old")
