@@ -61,8 +61,9 @@ def live(config):
 
 
 def seeds(folder):
-    files = [yaml.safe_load((folder / "config.txt").read_text())]
-    return {c["seed"] for c in files} | {torch.load(p, weights_only=True)["config"]["seed"] for p in folder.glob("*.tar")}
+    """The seeds of everything in a run folder."""
+    found = {torch.load(p, weights_only=True)["config"]["seed"] for p in folder.glob("*.pth.tar")}
+    return found | {yaml.safe_load((folder / "config.txt").read_text())["seed"]}
 
 
 def test_two_trainings_of_one_name(config):
