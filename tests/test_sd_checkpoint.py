@@ -232,13 +232,12 @@ def test_files_that_are_no_checkpoint(tmp_path):
     assert "no tensors" in refused(tmp_path / "b.ckpt")
 
 
-@pytest.mark.parametrize("value, dtype", [(float("nan"), None), (-float("inf"), None), (1e30, torch.float16)])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 @pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
-def test_weights_that_are_not_finite(tmp_path, tensors, ending, value, dtype):
+def test_weights_that_are_not_finite(tmp_path, tensors, ending, value):
     bad = {**tensors, OUT: tensors[OUT].clone()}
     bad[OUT].view(-1)[7] = value
-    message = refused(save(tmp_path / f"a.{ending}", bad), dtype=dtype)
-    assert f"{OUT} is not finite in {dtype or torch.float32}" in message
+    assert f"a.{ending}: {OUT} is not finite" in refused(save(tmp_path / f"a.{ending}", bad))
 
 
 def test_tensors_of_other_kinds_are_missing(tmp_path, tensors):

@@ -18,6 +18,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # others, such as EPS, start a program
 MEGAPIXELS = 100  # that are decoded at once, in all threads; takes up to 2 GB
 free, turn = Semaphore(MEGAPIXELS), Lock()
+Image.core.set_block_size(2 ** 26)  # so large that malloc gives freed pixels back instead of keeping them per thread
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # what it cannot read it raises
 
@@ -87,6 +88,7 @@ def open_image(path, key="dataset.data_folder"):
             try:
                 yield image
             finally:
+                image.close()  # which frees its pixels
                 free.release(need)
     except UsageError:
         raise

@@ -60,11 +60,8 @@ def load_checkpoint(path, dtype=None, device="cpu", ema=True, model=None):
     tokenizer = Tokenizer()
     for prefix, part in parts.items():
         # to() returns the tensor itself if nothing changes
-        weights = {name: tensors.pop(prefix + name).to(device, precision(prefix, dtype)) for name in part.state_dict()}
-        for name, weight in weights.items():
-            if not torch.stack(weight.aminmax()).isfinite().all():  # which let NaN through, and take no memory
-                raise UsageError(f"checkpoint {path}: {prefix}{name} is not finite in {weight.dtype}")
-        part.load_state_dict(weights, assign=True)
+        part.load_state_dict({name: tensors.pop(prefix + name).to(device, precision(prefix, dtype))
+                              for name in part.state_dict()}, assign=True)
     parts[UNET].time_pe = SinusoidalPE(parts[UNET].time_pe.dim).to(device, dtype)  # its buffer is in no checkpoint
     sd = StableDiffusion(*parts.values(), tokenizer).to(device)
     sd.weights = "ema" if averaged else "plain"
@@ -124,7 +121,7 @@ def take_average(tensors, parts):
 
 
 def check_tensors(path, tensors, parts):
-    """Raise UsageError unless the file has all tensors, in their shapes, and no unknown ones."""
+    """Raise UsageError unless the file has all tensors, finite and in their shapes, and no unknown ones."""
     shapes = expected_shapes(parts)
     problems = {
         "missing": [name for name in shapes if name not in tensors],
@@ -138,3 +135,6 @@ def check_tensors(path, tensors, parts):
              for problem, names in problems.items() if names]
     if texts:
         raise UsageError(f"checkpoint {path} is not of Stable Diffusion 1.x: {'; '.join(texts)}")
+    for name in shapes:
+        if not torch.stack(tensors[name].aminmax()).isfinite().all():  # quick, and NaN shows in both
+            raise UsageError(f"checkpoint {path}: {name} is not finite")
