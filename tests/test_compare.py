@@ -195,7 +195,7 @@ def test_settings(text, setting):
     (["runs", 5], "its classes are not those of the data set"),
 ])
 def test_bad_input(models, tmp_path, monkeypatch, arguments, message):
-    (tmp_path / "runs.json").write_text('{"errors": [], "rows": [], "sigmas": []}')
+    (tmp_path / "runs.json").write_text(json.dumps({"errors": [], "rows": [], "sigmas": compare.SIGMAS}))
     row = {"hash": "0", "model": "a", "way": {"sampler": "heun", "steps": 9}, "network_calls": 17}
     facts = {"num": 9, "metric": "FD", "n": 9, "floor": 1.0, "device": "cpu", "torch": "2.4"}
     (tmp_path / "num.json").write_text(json.dumps({"rows": [row], **facts}))
