@@ -15,6 +15,7 @@ from collections import OrderedDict
 import torch
 
 from ..common.errors import UsageError, first_line
+from ..common.files import check_archive
 
 # the .safetensors format's names
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -107,19 +108,11 @@ STAND_INS = [
 
 
 def read_ckpt(path):
-    """{name: tensor} of a file of torch.save; everything else in it is left out.
-
-    Every byte is checked against the file's own checksums, about 1 s for each GB; the format before torch 1.6 has none.
-    """
+    """{name: tensor} of a file of torch.save, checked by common.files.check_archive; everything else is left out."""
     try:
         if not os.path.getsize(path):
             raise ValueError("it is empty; download it again")
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as z:
-                if any(member.compress_type for member in z.infolist()):  # torch never packs; it could fill the memory
-                    raise ValueError("its contents are compressed")
-                if z.testzip():
-                    raise ValueError("wrong checksum; download it again")
+        check_archive(path)
         with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # the format before torch 1.6 is no zip file and cannot be mapped
