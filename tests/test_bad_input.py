@@ -228,7 +228,8 @@ def test_exit_status(result, status, capsys):
 
 
 @pytest.mark.parametrize("error, words", [
-    (MemoryError(), "MemoryError"), (RecursionError("too deep"), "too deep"), (UsageError("a\nb\x1b[31m"), "a\\nb\\x1b[31m"),
+    (MemoryError(), "MemoryError"), (RecursionError("too deep"), "too deep"),
+    (UsageError("a\nb\x1b[31m"), "a\\nb\\x1b[31m"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes"), "10 bytes")])
 def test_one_line_whatever_happened(error, words, capsys):
     def main():

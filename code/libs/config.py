@@ -324,8 +324,9 @@ SAMPLER_FLAGS = {
 def add_sampler_flags(parser):
     """The flags that say how images are drawn; `sampler_flags` reads them, models.sampling_settings checks them."""
     group = parser.add_argument_group("sampling; what is not given is the config's, see sample_cfg in libs/config.py")
-    types = {"steps": {"type": positive}, "guidance_interval": {"type": lambda text: text.split(","), "metavar": "LO,HI"},
-             "clip": {"action": argparse.BooleanOptionalAction}, "sampler": {"metavar": "NAME"}}
+    types = {"steps": {"type": positive}, "sampler": {"metavar": "NAME"},
+             "guidance_interval": {"type": lambda text: text.split(","), "metavar": "LO,HI"},
+             "clip": {"action": argparse.BooleanOptionalAction}}
     types |= {key: {"type": float, "metavar": "X"} for key in ("guidance_scale", "eta", "S_churn")}
     for key, description in SAMPLER_FLAGS.items():
         group.add_argument("--" + key.replace("_", "-"), default=None, help=description, **types.get(key, {}))
@@ -350,8 +351,8 @@ def parse_setting(text):
     for pair in pairs:
         key, _, value = pair.partition("=")
         if not value or key not in SAMPLER_FLAGS:
-            raise UsageError(f"{shown(text)}: {shown(pair)} is not one of {', '.join(SAMPLER_FLAGS)} with a value, as in "
-                             "guidance_scale=2")
+            raise UsageError(f"{shown(text)}: {shown(pair)} is not one of {', '.join(SAMPLER_FLAGS)} with a value, as "
+                             "in guidance_scale=2")
         try:
             setting[key] = parse_yaml(f"[{value}]" if key == "guidance_interval" else value)
         except ValueError as e:

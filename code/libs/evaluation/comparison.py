@@ -56,7 +56,8 @@ class Results:
         """Record what all rows have in common. Raises UsageError where earlier rows were measured otherwise."""
         for key, value in conditions.items():
             if self.content.get(key, value) != value:
-                raise UsageError(f"--output: {self.path} has {key} {shown(self.content[key])}, not {shown(value)}; give another name")
+                raise UsageError(f"--output: {self.path} has {key} {shown(self.content[key])}, not {shown(value)}; "
+                                 "give another name")
         self.content |= conditions
 
     def has(self, name, **values):

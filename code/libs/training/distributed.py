@@ -26,7 +26,7 @@ class World:
     def __init__(self):
         given = [os.environ.get(*pair) for pair in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))]
         if not all(text.isdecimal() and len(text) < 9 for text in given) or int(given[1]) >= int(given[0]):
-            raise UsageError(f"WORLD_SIZE, RANK, LOCAL_RANK: {shown(given)}; torchrun sets numbers, RANK below WORLD_SIZE")
+            raise UsageError(f"WORLD_SIZE, RANK, LOCAL_RANK: {shown(given)}; torchrun sets numbers, RANK < WORLD_SIZE")
         self.size, self.rank, self.local_rank = map(int, given)
         self.first = self.rank == 0
 
