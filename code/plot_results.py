@@ -23,6 +23,7 @@ from libs.common.errors import UsageError, display_path, first_line
 from libs.common.files import atomic_file
 from libs.common.pictures import CAPTION
 from libs.config import check_value, read_yaml
+from libs.data.folders import open_image
 from libs.training.autoencoder import GRID_ROW
 from libs.training.autoencoder import NAME as AUTOENCODER
 
@@ -96,7 +97,7 @@ def samples_by_epoch(folder, per_row, n, columns):
     parts, n = [], min(n, len(grids))
     for k in sorted({round(k * (len(grids) - 1) / max(n - 1, 1)) for k in range(n)}):
         epoch, path = grids[k]
-        with Image.open(path) as picture:
+        with open_image(path, "samples") as picture:
             step = (picture.width - 1) // per_row
             parts.append((epoch, picture.convert("RGB").crop((0, 0, step * min(columns, per_row) + 1, picture.height))))
     font, width = ImageFont.load_default(), max(parts[0][1].width, 48) + 8

@@ -111,7 +111,7 @@ def train(args, world, claim):
         if trainer.epoch < cfg["epochs"]:
             train_one_epoch(compute_loss, trainer, loader, log, n, config["seed"], precision,
                             stopped=lambda: world.agree(signals.received or 0))
-        stop, is_final = world.agree(signals.received or 0), trainer.epoch >= cfg["epochs"]
+        stop, is_final = world.agree(signals.received or 0), trainer.epoch == cfg["epochs"]
         with log.paused():
             due = is_final or trainer.epoch % args.ckpt_freq == 0
             if stop or due:

@@ -159,11 +159,3 @@ def test_a_full_disk(config, tmp_path):
         assert "config.txt" in r.message and "No space left" in r.message and not (disk / "tiny_b").exists()
     finally:
         subprocess.run(["umount", disk], check=True)
-
-
-def test_fewer_epochs_than_are_done(config):
-    """Such a run is at its end; it does not go round for ever."""
-    folder = config.parent / "runs" / "tiny_fewer"
-    for more in (["--output", "fewer"], ["--resume", folder, "--set", "train_cfg.epochs=2"]):
-        r = command("train.py", config, *more, seconds=10)
-        assert r.status == 0 and "done: " in r.out

@@ -109,9 +109,9 @@ def test_euler_ancestral_of_a_ddpm(diffusers, prediction, theirs, steps=10):
                                            ("dpmpp_2m", "EDMDPMSolverMultistepScheduler")])
 @pytest.mark.parametrize("steps", [1, 7])
 def test_solvers_of_edm(diffusers, sampler, kind, steps):
-    model = EDM(**SMALL, sigma_data=0.4, sigma_min=0.01, sigma_max=50.0, rho=5.0).eval()
+    model = EDM(**SMALL, sigma_data=0.4, P_mean=0, sigma_min=0.02, sigma_max=50.0, rho=5.0).eval()
     noise, ours = torch.randn(2, 1, 8, 8), []
-    scheduler = getattr(diffusers, kind)(0.01, 50.0, sigma_data=0.4, rho=5.0, final_sigmas_type="zero")
+    scheduler = getattr(diffusers, kind)(0.02, 50.0, sigma_data=0.4, rho=5.0, final_sigmas_type="zero")
     scheduler.set_timesteps(steps)
     # their time is c_noise of Table 1; our embedding wants it 1000 times as large
     expected = their_states(scheduler, lambda x, label, time: model.model(x, label, 1000 * time), 50.0 * noise)

@@ -183,6 +183,8 @@ def build_model(config, training=None):
     Raises UsageError when it cannot be built or drawn from, or when there is not the memory.
     """
     kind, settings = MODELS[config["model_name"]], config["model"]
+    if settings["num_classes"] is None:
+        raise UsageError("model.num_classes is null; must be the number of classes")
     common = {key: value for key, value in settings.items() if f"model.{key}" in SETTINGS and "weights" not in key}
     with torch.device("meta"):  # where weights have a shape only
         weights = Diffusion(**common).model.parameters()

@@ -143,8 +143,8 @@ def _read_npz(path, channels, classes):
             if len(set(arrays.files)) < len(arrays.files):
                 raise ValueError("an array is in it twice")
             check_memory(4 * unpacked, f"reading {name}", "take fewer images")
-            images = arrays["arr_0"]
-            labels = arrays["labels"] if "labels" in arrays.files else None
+            images = np.asarray(arrays["arr_0"])
+            labels = np.asarray(arrays["labels"]) if "labels" in arrays.files else None
     except UsageError:
         raise
     except Exception as e:  # a damaged file makes zipfile, zlib and NumPy raise almost anything

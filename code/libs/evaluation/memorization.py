@@ -62,9 +62,10 @@ class MemorizationTest:
 
         Returns: a dict with
             copies: the verdict (`detected`, and `verdict` for people), the `share` of copies with its 95 % interval
-                (`share_low`, `share_high`), `p_value` and `level`, and the counts behind them: how many images are
-                below a `scale` of the threshold, in any space; `tries` has them for every scale. Copies that are
-                changed beyond recognition are missing from the share. See `verdict` for the choice of the scale.
+                (`share_low`, `share_high`), or if there are none the share that looks like one `at_most`; `p_value`,
+                `level`, and the counts behind them: how many images are below a `scale` of the threshold, in any space;
+                `tries` has them for every scale. Copies that are changed beyond recognition are missing from the
+                share. See `verdict` for the choice of the scale.
             pixels, features: see `Space.medians`. Distances in pixels are Euclidean, of pixels in [0, 1] after
                 averaging down to at most 32 x 32.
             closest: `generated` and, to compare, `held_out`: the PAIRS images that are most like a copy, each with its
@@ -180,10 +181,11 @@ def verdict(generated, held_out, train):
     x, n, y, m = (best[key] for key in ("found_generated", "generated", "found_fresh", "fresh"))
     if not detected:
         _, best["share_low"], best["share_high"] = copied_share(x, n, y, m)
+        best["at_most"] = _wilson(x, n)[1]
     p_text = f"p = {p:.1g}" if p > 1e-300 else "p < 1e-300"
     text = (f"copies: about {best['share']:.2%} of the samples (95 % interval {best['share_low']:.2%} to "
             f"{best['share_high']:.2%}), {p_text}" if detected else
-            f"no sign of copies: at most {_wilson(x, n)[1]:.2%} of the samples; {x / n:.2%} look like one, and "
+            f"no sign of copies: at most {best['at_most']:.2%} of the samples; {x / n:.2%} look like one, and "
             f"{y / m:.2%} of fresh images do, {p_text}")
     return {"detected": detected, "verdict": text, "level": LEVEL, **best, "tries": tries}
 

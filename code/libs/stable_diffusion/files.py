@@ -125,6 +125,7 @@ def read_ckpt(path):
         raise UsageError(f"checkpoint {path} is damaged or no checkpoint "
                          f"({first_line(e) if type(e) is ValueError else type(e).__name__})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    state = state if isinstance(state, dict) else {}
     tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)
                and value.layout == torch.strided and value.device.type == "cpu" and not value.is_nested}
     if not tensors:
