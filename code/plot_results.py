@@ -4,8 +4,8 @@ python code/plot_results.py RUN                                 into the run's f
 python code/plot_results.py RUN --output results/mine
 python code/plot_results.py results/mnist_cpu/samplers.json     samplers.pdf beside it
 
-Of a run: its losses (curves.csv, loss.pdf), its loss by noise level (loss_by_time.pdf), its evaluations if there are
-any (eval.pdf), and the same labels and noise after more and more epochs (samples_by_epoch.png)."""
+Of a run: its losses (curves.csv, loss.pdf), its loss by noise level (loss_by_time.pdf), and the same labels and noise
+after more and more epochs (samples_by_epoch.png)."""
 
 import csv
 import io
@@ -29,11 +29,8 @@ from libs.training.autoencoder import NAME as AUTOENCODER
 
 STYLES = [("black", "o", "-"), ("0.45", "s", "--"), ("black", "^", ":"), ("0.45", "D", "-."), ("black", "v", "--")]
 TENTHS = "train_loss_by_time/"  # and the beginning of the tenth: train.py's tags
-# the panels of loss.pdf and eval.pdf, from top to bottom: label -> tags
-LOSS = {"training loss": ["train/loss"], "learning rate": ["train/lr"], "gradient norm": ["train/grad_norm"]}
-EVALUATIONS = {"Frechet distance": ["eval/fd_train", "eval/fd_test", "eval/fd_floor"],
-               "share": ["eval/precision", "eval/recall", "eval/label_accuracy"],
-               "PSNR (dB)": ["eval/psnr"], "SSIM": ["eval/ssim"]}
+# the panels of loss.pdf, from top to bottom: label -> tag
+LOSS = {"training loss": "train/loss", "learning rate": "train/lr", "gradient norm": "train/grad_norm"}
 
 
 def parse_args(argv=None):
@@ -134,25 +131,17 @@ def log_scale(axis):
     axis.set_minor_locator(NullLocator())
 
 
-def plot_panels(panels, curves, batch_size):
-    """The curves that there are of LOSS or EVALUATIONS; None for none. curves: tag -> [(step, value)]."""
-    panels = {label: [tag for tag in tags if tag in curves] for label, tags in panels.items()}
-    panels = {label: tags for label, tags in panels.items() if tags}
-    if not panels:
-        return None
+def plot_losses(curves, batch_size):
+    """The curves of LOSS that there are. curves: tag -> [(step, value)]."""
+    panels = {label: curves[tag] for label, tag in LOSS.items() if tag in curves}
     figure, axes = new_figure(len(panels), 1.7)
-    for axis, (label, tags) in zip(axes, panels.items()):
-        for tag, (color, marker, line) in zip(tags, STYLES):
-            steps, values = zip(*curves[tag])
-            values = [y if math.isfinite(y) else math.nan for y in values]  # a gap
-            axis.plot(steps, values, color=color, linestyle=line, linewidth=1, markersize=3,
-                      marker=marker if len(steps) <= 40 else None, label=tag.split("/")[1].replace("_", " "))
-        values = [y for tag in tags for _, y in curves[tag] if math.isfinite(y)]
-        if values and min(values) > 0 and max(values) > 4 * statistics.median(values):  # else the start hides the rest
+    for axis, (label, points) in zip(axes, panels.items()):
+        finite = [y for _, y in points if math.isfinite(y)]
+        axis.plot([step for step, _ in points], [y if math.isfinite(y) else math.nan for _, y in points],  # NaN: a gap
+                  color="black", linewidth=1, markersize=3, marker="o" if len(points) <= 40 else None)
+        if finite and min(finite) > 0 and max(finite) > 4 * statistics.median(finite):  # else the start hides the rest
             log_scale(axis.yaxis)
         axis.set_ylabel(label)
-        if len(tags) > 1:
-            axis.legend()
     axes[-1].set_xlabel(f"updates of {batch_size} images")
     return figure
 
@@ -216,9 +205,8 @@ def run_figures(folder, epochs, columns):
     """file name -> its content: text, a Pillow image, a Matplotlib figure, or None where there is nothing to show"""
     batch_size, per_row = read_config(folder)
     curves = read_curves(folder)
-    return {"curves.csv": curves_csv(curves), "loss.pdf": plot_panels(LOSS, curves, batch_size),
+    return {"curves.csv": curves_csv(curves), "loss.pdf": plot_losses(curves, batch_size),
             "loss_by_time.pdf": plot_loss_by_time(curves, batch_size),
-            "eval.pdf": plot_panels(EVALUATIONS, curves, batch_size),
             "samples_by_epoch.png": samples_by_epoch(folder, per_row, epochs, columns)}
 
 

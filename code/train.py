@@ -16,7 +16,6 @@ from libs.common.cli import Parser, add_training_flags, run
 from libs.common.errors import UsageError, display_path
 from libs.common.seeds import seed_everything, seeded_generator
 from libs.data.latents import cached_latents
-from libs.evaluation.report import RealImages, evaluate_model
 from libs.models import check_autoencoder
 from libs.training.device import autocast, memory_format, peak_memory, pick_device, pick_precision, prepare_network
 from libs.training.distributed import World, averaged
@@ -79,7 +78,6 @@ def train(args, world, claim):
     measure_data(model, dataset, device, report=report)
     if config["model"]["use_vae"] and data["latent_crops"]:
         loader.dataset = dataset = cached_latents(model, dataset, data, device, report)
-    real = RealImages(config, device) if config["eval"]["every"] and world.first else None
     world.one_after_the_other(done=True)
 
     # ---- 4. Optimizer and averages; resume
@@ -119,8 +117,6 @@ def train(args, world, claim):
             if due and (is_final or not stop):
                 with suppress(Stopped):
                     out.sample(signals)
-            if real and trainer.epoch % config["eval"]["every"] == 0 and not signals.received:
-                log_metrics(out, evaluate_model(trainer.ema.module, config, real, device))
             world.meet()
         if is_final:
             break
@@ -172,12 +168,6 @@ def draw(model, seed, step, batch_size, device):
     noise = torch.randn(batch_size, *model.img_shape, generator=generator, device=device)
     drop = torch.rand(batch_size, generator=generator, device=device) < model.label_dropout
     return t, noise, drop
-
-
-def log_metrics(out, scores):
-    """Frechet distance and the like of a few samples, see evaluation.report.evaluate_model."""
-    out.scalars({f"eval/{tag}": value for tag, value in scores.items()})
-    out.print(f"epoch {out.trainer.epoch}  " + "  ".join(f"{tag} {value:.3f}" for tag, value in scores.items()))
 
 
 if __name__ == "__main__":

@@ -131,18 +131,3 @@ def test_classes_are_matched_by_name(place, tmp_path):
     options = ["--num", 204, "--no-memorization", "--output", tmp_path / "x.json"]
     measure(place.checkpoint(classes=["dog", "cat"]), *options)
     refused("class dog .* none of the model's .*cow", place.checkpoint(classes=["cat", "cow"]), *options, "--overwrite")
-
-
-def test_train_evaluates_as_it_goes(place, monkeypatch):
-    saved, measure_samples = [], train.evaluate_model
-
-    def measure_later(*arguments):
-        saved.append((place.runs / "tiny_x" / "model_final.pth.tar").exists())
-        return measure_samples(*arguments)
-    monkeypatch.setattr(train, "evaluate_model", measure_later)
-    train.main([str(place.config), "--output", "x", "--set", "train_cfg.epochs=2", "--set", "eval.every=1",
-                "--set", "eval.num=20", "--set", "loader.batch_size=55"])
-    assert saved == [False, True]  # before the last one, which could fail, all is saved
-    board = EventAccumulator(str(place.runs / "tiny_x" / "logs")).Reload()
-    assert [e.step for e in board.Scalars("eval/fd_train")] == [4, 8]
-    assert board.Scalars("eval/fd_floor")[0].value == board.Scalars("eval/fd_floor")[1].value > 0

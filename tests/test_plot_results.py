@@ -31,7 +31,7 @@ def run(tmp_path_factory):
                 for k in range(10):
                     board.add_scalar(f"train_loss_by_time/{k / 10:.1f}", 1 + k / step, step)
                 if step % 10 == 0:
-                    board.add_scalar("eval/fd_train", 5 / step, step)
+                    board.add_scalar("eval/psnr", 5 / step, step)
     for epoch in (1, 2, 3):  # 2 rows of 4 images of 8 x 8, one pixel between them: grey is the epoch and column
         picture = Image.new("RGB", (4 * 9 + 1, 2 * 9 + 1))
         for column in range(4):
@@ -44,7 +44,7 @@ def run(tmp_path_factory):
 
 
 def test_the_figures_of_a_run(run, tmp_path):
-    names = {"curves.csv", "loss.pdf", "loss_by_time.pdf", "eval.pdf", "samples_by_epoch.png"}
+    names = {"curves.csv", "loss.pdf", "loss_by_time.pdf", "samples_by_epoch.png"}
     assert {path.name for path in (run / "figures").iterdir()} == names
     plot_results.main([str(run), "--epochs", "2", "--columns", "3", "--output", str(tmp_path / "again")])
     for path in (run / "figures").iterdir():
@@ -59,7 +59,7 @@ def test_the_figures_of_a_run(run, tmp_path):
         step = int(row["step"])
         assert float(row["train/loss"]) == pytest.approx(1 / step + (step > 20), rel=1e-5)
         assert float(row["train_loss_by_time/0.7"]) == pytest.approx(1 + 7 / step, rel=1e-5)
-        assert (row["eval/fd_train"] != "") == (step % 10 == 0)
+        assert (row["eval/psnr"] != "") == (step % 10 == 0)
 
     # three columns of the grids of the first and the last epoch, side by side
     picture, caption = Image.open(run / "figures/samples_by_epoch.png"), plot_results.CAPTION
@@ -79,16 +79,13 @@ def lines(axis):
 def test_curves():
     """A value that is no number is a gap; a tenth that was never positive is left out; one point is enough."""
     curves = {"train/loss": [(1, 8.0), (2, math.nan), (3, 2.0), (4, 1.0)], "train/grad_norm": [(1, 0.0)],
-              "train_loss_by_time/0.0": [(1, 0.5)], "train_loss_by_time/0.1": [(1, 0.0)], "train_loss_by_time/0.9": [(1, 0.7), (2, math.inf)],
-              "eval/precision": [(2, 0.25)]}
-    top, bottom = plot_results.plot_panels(plot_results.LOSS, curves, 64).axes  # there is no learning rate
+              "train_loss_by_time/0.0": [(1, 0.5)], "train_loss_by_time/0.1": [(1, 0.0)], "train_loss_by_time/0.9": [(1, 0.7), (2, math.inf)]}
+    top, bottom = plot_results.plot_losses(curves, 64).axes  # there is no learning rate
     (steps, values), = lines(top).values()
     assert steps == [1, 2, 3, 4] and values[:1] + values[2:] == [8, 2, 1] and math.isnan(values[1])
     assert top.get_yscale() == "linear" and bottom.get_ylabel() == "gradient norm"
     axis, = plot_results.plot_loss_by_time(curves, 64).axes
     assert list(lines(axis).items()) == [("0.9 to 1.0", [[1], [0.7]]), ("0.0 to 0.1", [[1], [0.5]])]  # as they end
-    axis, = plot_results.plot_panels(plot_results.EVALUATIONS, curves, 64).axes
-    assert lines(axis) == {"precision": [[2], [0.25]]}
     assert plot_results.plot_loss_by_time({"train/loss": [(1, 1.0)]}, 64) is None
 
 

@@ -321,7 +321,7 @@ def refused(call, *says):
 
 @pytest.mark.parametrize("settings, says", [
     (["model.dim=32"], "model.dim is no setting of the autoencoder's training; model has use_vae, vae_encoder_weights"),
-    (["eval.every=1"], "eval.every is no setting"),
+    (["eval.features=inception"], "eval.features is no setting"),
     (["dataset.name=MNIST"], "dataset.name is MNIST; the autoencoder learns from a folder of photographs: one of AFHQ"),
     (["dataset.img_size=40"], "dataset.img_size is 40; it must be a multiple of 16"),
     (["train_cfg.lrr=1"], "unknown key train_cfg.lrr; did you mean train_cfg.lr?")])

@@ -90,10 +90,7 @@ SETTINGS = {
     "train_cfg.ema_decay": (0.999, number(0, 0.999999)),
     "train_cfg.keep_last": (None, optional(integer(1))),          # number of checkpoints to keep; null: all
 
-    # metrics during training, in TensorBoard; evaluate.py computes more of them
-    "eval.every": (None, optional(integer(1))),                   # in epochs; null: never
-    "eval.num": (1000, integer(10, 10 ** 7)),                     # images; metrics of another number are not comparable
-    # null: classifier for MNIST, else inception
+    # what evaluate.py and compare.py judge by; null: classifier for MNIST, else inception
     "eval.features": (None, optional(one_of("classifier", "inception", "autoencoder"))),
 
     # how images are drawn; null takes the sampler's default. DDPM has ddpm (all timesteps) and ddim; every model has
@@ -128,9 +125,10 @@ MODEL_SETTINGS = {
 
 RULES = {key: rule for table in (SETTINGS, *MODEL_SETTINGS.values()) for key, (_, rule) in table.items()}
 PATHS = ("output_folder", "dataset.data_folder", "model.vae_encoder_weights", "model.vae_decoder_weights")
-# keys in checkpoints of earlier versions, with the only value that they may have
-RETIRED = {"model.scale_betas": False, "model.min_snr_gamma": None, "train_cfg.cuda_graphs": None,
-           "sample_cfg.S_min": None, "sample_cfg.S_max": None, "sample_cfg.S_noise": None}
+# keys in checkpoints of earlier versions, with the only value that they may have, or ANY
+ANY = object()
+RETIRED = {"model.scale_betas": False, "model.min_snr_gamma": None, "train_cfg.cuda_graphs": None, "eval.every": ANY,
+           "eval.num": ANY, "sample_cfg.S_min": None, "sample_cfg.S_max": None, "sample_cfg.S_noise": None}
 
 
 def defaults_of(table):
@@ -223,7 +221,7 @@ def merge(config, given, rules=RULES, prefix=""):
     """Put the values of `given` into `config`, both dicts of sections. Raises UsageError for what does not belong."""
     for key, value in given.items():
         full = f"{prefix}{key}"
-        if key not in config and full in RETIRED and value == RETIRED[full]:
+        if key not in config and full in RETIRED and RETIRED[full] in (value, ANY):
             continue
         if key not in config:
             raise UsageError(f"config: unknown key {full}{_hint(key, full, config, prefix, rules)}")

@@ -192,7 +192,6 @@ def build_model(config, training=None):
     check_memory(4 * n, f"a network of {n:,} parameters", remedy)
     if training:  # gradients, average and two moments too
         check_memory(20 * n, f"training a network of {n:,} parameters", remedy, training)
-        check_images(config["eval"]["num"] if config["eval"]["every"] else 0, config, "eval.num")
     model = kind(**settings)
     try:
         sampling_settings(model, config)

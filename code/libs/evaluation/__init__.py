@@ -2,4 +2,4 @@
 
 from .classifier import file_hash
 from .features import EXTRACTORS, load_extractor
-from .report import RealImages, denoising_error, distances_to_all, evaluate, evaluate_model, labels_like, scalars
+from .report import RealImages, denoising_error, distances_to_all, evaluate, labels_like, scalars

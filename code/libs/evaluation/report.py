@@ -4,9 +4,8 @@ import torch
 
 from ..common.errors import UsageError
 from ..common.seeds import seeded_generator
-from ..data.images import ImageSet, times, to_uint8
+from ..data.images import ImageSet, times
 from ..datasets import RandomViews, build_dataset
-from ..models import draw_images, sampling_settings
 from .features import cached_features, extract_features, load_extractor
 from .fid import fit_gaussian, frechet_distance, kernel_distance, precision_recall
 from .memorization import MemorizationTest
@@ -110,14 +109,6 @@ def labels_like(labels, num_classes, n):
     counts[(share - counts).argsort(descending=True, stable=True)[:n - int(counts.sum())]] += 1  # largest remainders
     drawn = torch.arange(num_classes).repeat_interleave(counts)
     return drawn[torch.randperm(n, generator=seeded_generator("labels"))]
-
-
-def evaluate_model(model, config, real, device):
-    """The numbers of `eval.num` images drawn from a model in training: name -> number. No search for copies."""
-    labels = labels_like(real.test.labels, model.num_classes, config["eval"]["num"])
-    settings = sampling_settings(model, config)
-    pixels = [to_uint8(x) for x in draw_images(model, labels, settings, config["seed"], device=device)]
-    return scalars(evaluate(ImageSet(torch.cat(pixels), labels), real, memorization=False))
 
 
 def scalars(report):
