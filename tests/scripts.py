@@ -76,6 +76,8 @@ def _run(path, arguments, cwd, seconds, environment, folder):
     os.environ.update(environment, OMP_NUM_THREADS="1")
     for number, name in enumerate(("out", "err"), 1):
         os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), number)
+    for name in {"CODE", "CACHE"} & environment.keys():  # folders in place of the project's
+        setattr(sys.modules["libs.config"], name, environment[name])
     os.chdir(cwd)
     sys.argv, sys.path[0] = [path, *arguments], os.path.dirname(path)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
