@@ -1,6 +1,7 @@
 """Hostile values, tensors, bytes, images and arrays for fuzz.py, each drawn from a random.Random."""
 
 import io
+import json
 import math
 import random
 import struct
@@ -45,7 +46,7 @@ def word(rng, names=()):
 
 
 def tensor(rng, like=None):
-    like = torch.randn(3, 4) if like is None else like
+    like = torch.randn(3, 4) if like is None or like.numel() > 10 ** 6 else like
     floats = like.detach().float() if not like.is_complex() else like
     with torch.no_grad():
         return rng.choice([
@@ -203,10 +204,9 @@ def picture(rng):
 
 
 def array(rng):
-    """An array that arr_0 or labels of an .npz file could be."""
     n = rng.choice([0, 1, 2, 4, 4, 4, 5])
-    shape = rng.choice([(n, 32, 32, 3), (n, 32, 32, 3), (n, 32, 32, 1), (n, 32, 32), (n, 3, 32, 32), (n, 36, 36, 3), (n,), (), (n, 1),
-                        (n, 0, 32, 3), (n, 32, 32, 4), (n, 1, 1, 3), (1, n, 32, 32, 3)])
+    shape = rng.choice([(n, 32, 32, 3), (n, 32, 32, 3), (n, 32, 32, 1), (n, 32, 32), (n, 3, 32, 32), (n, 36, 36, 3), (n,), (n,), (),
+                        (n, 1), (n, 0, 32, 3), (n, 32, 32, 4), (n, 1, 1, 3), (1, n, 32, 32, 3)])
     kind = rng.choice(["u1", "u1", "u1", "i1", "<i8", ">i8", "<u8", "<f4", "<f8", "<f2", "?", "c8", "U3", "S3", "O", "M8[s]", "V4",
                        [("a", "u1")], ">u2"])
     try:
@@ -214,3 +214,85 @@ def array(rng):
         return np.asfortranarray(made) if rng.random() < 0.2 else made
     except (TypeError, ValueError):
         return np.zeros(n, "u1")
+
+
+def arrays(rng, good=None):
+    """(bytes of an .npz file, what it holds). good: images that are in order, or None."""
+    held = {"arr_0": array(rng) if good is None else good}
+    if rng.random() < 0.7:
+        n = held["arr_0"].shape[0] if held["arr_0"].ndim else 1
+        held["labels"] = array(rng) if rng.random() < 0.4 else np.asarray([number(rng) for _ in range(n)])
+    if rng.random() < 0.1:
+        held[rng.choice(["x", "a/b", "labels"])] = array(rng)
+    out = io.BytesIO()
+    (np.savez if rng.random() < 0.8 else np.savez_compressed)(out, **held)
+    return out.getvalue(), ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in held.items())
+
+
+# ---- files of torch.save, JSON
+
+def mutate_state(rng, state, times):
+    """(bytes of a file of torch.save, what was done)"""
+    said, out = [], io.BytesIO()
+    for _ in times:
+        try:
+            said.append(mutate(rng, state))
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as e:  # not for this tensor
+            said.append(f"({type(e).__name__})")
+    if rng.random() < 0.02:
+        state = rng.choice([[state], None, 1, (state,), torch.zeros(3), {}, {"state_dict": state}])
+        said.append(f"{type(state).__name__} in place of all")
+    try:
+        torch.save(state, out, _use_new_zipfile_serialization=rng.random() < 0.95)
+    except Exception as e:
+        out = io.BytesIO()
+        said.append(f"(cannot be saved: {type(e).__name__})")
+        torch.save({}, out)
+    return out.getvalue(), said
+
+
+def mutate_json(rng, text, times):
+    """(JSON with some places changed, what was done)"""
+    content, said = json.loads(text), []
+    for _ in times:
+        try:
+            said.append(mutate(rng, content))
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as e:
+            said.append(f"({type(e).__name__})")
+    try:
+        return json.dumps(content, default=str, skipkeys=True).encode(errors="replace"), said
+    except (TypeError, ValueError, RecursionError):
+        return text, said
+
+
+# ---- what unpacks to gigabytes
+
+def _bomb(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as z:
+        for name, start in members.items():
+            with z.open(name, "w", force_zip64=True) as f:
+                f.write(start)
+                for _ in range(50):
+                    f.write(bytes(2 ** 26))
+
+
+def bomb_npz(path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (50 * 2 ** 26 // 3072, 32, 32, 3)})
+    _bomb(path, {"arr_0.npy": header.getvalue()})
+
+
+def bomb_checkpoint(path):
+    whole = io.BytesIO()
+    torch.save({"state_dict": {}, "a": torch.zeros(1)}, whole)
+    with zipfile.ZipFile(whole) as z:
+        _bomb(path, {name: z.read(name) for name in z.namelist() if "data/0" in name or "pkl" in name})
+
+
+def bomb_png(path):
+    Image.new("RGB", (13_300, 13_300)).save(path, "PNG")
+
+
+BOMBS = {"bomb.npz": bomb_npz, "bomb.pth.tar": bomb_checkpoint, "bomb.png": bomb_png}
+_alias = "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("bcdefgh", "cdefghi"))
+BOMB_LINES = [_alias, _alias + "seed: *i\n", _alias + "seed: {<<: *i}\n", _alias + "*i : 1\n"]
