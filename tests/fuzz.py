@@ -86,12 +86,13 @@ def prepare(base):
     common = {"devices": ["cpu"], "output_folder": "../case/runs"}
     data = {"name": "ImageFolder", "data_folder": "../case/images", "img_size": 16}
     split = data | {"data_folder": "../case/split", "img_size": 32}
+    noise = {"beta_schedule": "cosine", "prediction": "v"}  # ends at noise even after ten steps
     tiny = common | {"dataset": data, "loader": {"batch_size": 2}, "eval": {"features": "autoencoder"},
-                     "model": {"dim": 8, "context_dim": 8, "dim_mults": [1, 2], "attn_levels": [], "timesteps": 10},
+                     "model": {"dim": 8, "context_dim": 8, "dim_mults": [1, 2], "attn_levels": [], "timesteps": 10} | noise,
                      "train_cfg": {"epochs": 1, "num_eval_samples": 1}, "sample_cfg": {"steps": 2}}
     unet = {"dim": 32, "context_dim": 32, "dim_mults": [1, 2], "attn_levels": [0], "num_res_blocks": 1, "num_heads": 2}
     parts = {"unet": unet, "autoencoder": {"dim": 32}, "text_encoder": {"width": 32, "layers": 1, "heads": 2}}
-    configs = {"tiny": tiny, "edm": tiny | {"model_name": "EDM"},
+    configs = {"tiny": tiny, "edm": tiny | {"model_name": "EDM", "model": {k: v for k, v in tiny["model"].items() if k not in noise}},
                "latent": tiny | {"dataset": split, "model": tiny["model"] | {"use_vae": True} | vae},
                "autoencoder": common | {"dataset": split, "model": vae},
                "sd": {"devices": ["cpu"], "model": parts, "sample_cfg": {"steps": 2, "height": 64, "width": 64}}}
