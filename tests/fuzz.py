@@ -31,8 +31,8 @@ import yaml
 from PIL import Image
 
 import scripts
-from hostile import (BOMB_LINES, BOMBS, DEVICES, TEXTS, WORDS, YAML, arrays, damage, mutate_json, mutate_state, number,
-                     picture, word)
+from hostile import (BOMBS, DEVICES, KEYS, TEXTS, WORDS, YAML, YAML_LINES, arrays, damage, mutate_json, mutate_state,
+                     number, picture, word)
 from scripts import PROJECT, command, start
 
 SECONDS, MEMORY = 30, 3 * 2 ** 30
@@ -44,34 +44,40 @@ TRAIN = ["train.py tiny.yaml --output a", "train.py tiny.yaml --dry-run", "train
          "train.py latent.yaml --output a"]
 RESUME = ["train.py --resume RUN --set train_cfg.epochs=2", "train.py tiny.yaml --resume RUN --dry-run",
           "train.py --resume RUN/epoch_000.pth.tar --set train_cfg.epochs=2"]
-DRAW = ["sample.py RUN --num 2", "sample.py RUN --num 2 --output s.npz --steps 3", "sample.py RUN --num 1 --output s.gif",
+DRAW = ["sample.py RUN --num 2", "sample.py RUN --num 2 --output s.npz --steps 3",
+        "sample.py RUN --num 1 --output s.gif",
         "sample.py RUN/epoch_000.pth.tar --num 1 --output new/ --sampler heun --steps 2",
-        "sample.py RUN --compare heun:2,euler:2 --output s.png", "sample.py RUN --interpolate 2 --sampler heun --steps 2",
+        "sample.py RUN --compare heun:2,euler:2 --output s.png",
+        "sample.py RUN --interpolate 2 --sampler heun --steps 2",
         "export.py RUN e.pth.tar --half", "export.py RUN/epoch_000.pth.tar e.pth.tar"]
 JUDGE = ["evaluate.py RUN --num 4 --no-memorization --steps 2", "compare.py samplers RUN heun:2 --num 4",
-         "compare.py samplers RUN heun:2 --num 4 --output samplers.json", "compare.py runs RUN RUN2 --num 4 --sampler DDPM=heun:2"]
-NPZ, FOLDER = (f"evaluate.py {name} --config latent.yaml --num 4 --no-memorization" for name in ("good.npz", "split/test"))
+         "compare.py samplers RUN heun:2 --num 4 --output samplers.json",
+         "compare.py runs RUN RUN2 --num 4 --sampler DDPM=heun:2"]
+NPZ = "evaluate.py good.npz --config latent.yaml --num 4 --no-memorization"
+FOLDER = "evaluate.py split/test --config latent.yaml --num 4 --no-memorization"
 PLOT = ["plot_results.py RUN --output figures", "plot_results.py samplers.json --output figures"]
 CODER = ["train_autoencoder.py autoencoder.yaml --dry-run",
          "train_autoencoder.py autoencoder.yaml --evaluate encoder.pth decoder.pth"]
-DIFFUSION = ["txt2img.py sd.yaml --ckpt sd.safetensors --prompt cat", "txt2img.py sd.yaml --ckpt sd.ckpt --prompts prompts.txt"]
+DIFFUSION = ["txt2img.py sd.yaml --ckpt sd.safetensors --prompt cat",
+             "txt2img.py sd.yaml --ckpt sd.ckpt --prompts prompts.txt"]
 OTHERS = ["benchmark.py no.yaml --rounds 1", "train_classifier.py --data-folder images --limit 10 --output c.pth"]
 
+BASIC = "--num --seed --batch-size --device --output"
 SAMPLING = "--sampler --steps --guidance-scale --guidance-interval --clip --no-clip --eta --spacing --S-churn"
 FLAGS = {"train.py": "-p -c --output --resume --set --dry-run",
          "train_autoencoder.py": "-p -c --output --resume --set --dry-run --evaluate",
-         "sample.py": f"--config --labels --num --interpolate --compare --seed --batch-size --device --output {SAMPLING}",
-         "evaluate.py": f"--config --num --features --seed --batch-size --device --data-folder --output {SAMPLING}",
-         "compare.py": "--seeds --sampler --seed --num --output --batch-size --device", "export.py": "--half",
+         "sample.py": f"--config --labels --interpolate --compare {BASIC} {SAMPLING}",
+         "evaluate.py": f"--config --features --data-folder {BASIC} {SAMPLING}",
+         "compare.py": f"--seeds --sampler {BASIC}", "export.py": "--half",
          "plot_results.py": "--output --epochs --columns",
-         "txt2img.py": "--ckpt --prompt --prompts --negative-prompt --num --seed --batch-size --output --vae --weights "
-                       "--sampler --steps --guidance-scale --height --width --device --dtype",
+         "txt2img.py": "--ckpt --prompt --prompts --negative-prompt --vae --weights --sampler --steps "
+                       f"--guidance-scale --height --width --dtype {BASIC}",
          "benchmark.py": "--compare --profile --rounds --seconds --set --json --one",
          "train_classifier.py": "--data-folder --output --epochs --seed --limit --bf16"}
 
 
 def prepare(base):
-    """The folder that cases copy, base/template/case. Relative paths in configs lead to the same files in every copy."""
+    """Make base/template/case, which cases copy. Paths in its configs lead to the same files in every copy."""
     place = os.path.join(base, "template", "case")
     for name, size in (("images", 36), ("split/train", 32), ("split/test", 32)):
         for k, ending in enumerate(["png", "jpg", "gif", "bmp"] if name == "images" else ["png"] * 8):
@@ -79,35 +85,35 @@ def prepare(base):
             noise = np.random.default_rng([k, len(name)]).integers(0, 256, (size, size, 3), dtype=np.uint8)
             Image.fromarray(noise).save(f"{place}/{name}/{['cat', 'dog'][k % 2]}/{k}.{ending}")
     os.makedirs(f"{base}/home")
-    os.chdir(place)
     for half in ("encoder", "decoder"):
-        shutil.copyfile(f"{PROJECT}/pretrained/afhq_{half}.pth", f"{half}.pth")
+        shutil.copyfile(f"{PROJECT}/pretrained/afhq_{half}.pth", f"{place}/{half}.pth")
     vae = {f"vae_{half}_weights": f"../case/{half}.pth" for half in ("encoder", "decoder")}
     common = {"devices": ["cpu"], "output_folder": "../case/runs"}
     data = {"name": "ImageFolder", "data_folder": "../case/images", "img_size": 16}
     split = data | {"data_folder": "../case/split", "img_size": 32}
-    noise = {"beta_schedule": "cosine", "prediction": "v"}  # ends at noise even after ten steps
+    small = {"dim": 8, "context_dim": 8, "dim_mults": [1, 2], "attn_levels": [], "timesteps": 10}
     tiny = common | {"dataset": data, "loader": {"batch_size": 2}, "eval": {"features": "autoencoder"},
-                     "model": {"dim": 8, "context_dim": 8, "dim_mults": [1, 2], "attn_levels": [], "timesteps": 10} | noise,
+                     "model": small | {"beta_schedule": "cosine", "prediction": "v"},  # noise at the end of ten steps
                      "train_cfg": {"epochs": 1, "num_eval_samples": 1}, "sample_cfg": {"steps": 2}}
     unet = {"dim": 32, "context_dim": 32, "dim_mults": [1, 2], "attn_levels": [0], "num_res_blocks": 1, "num_heads": 2}
     parts = {"unet": unet, "autoencoder": {"dim": 32}, "text_encoder": {"width": 32, "layers": 1, "heads": 2}}
-    configs = {"tiny": tiny, "edm": tiny | {"model_name": "EDM", "model": {k: v for k, v in tiny["model"].items() if k not in noise}},
+    configs = {"tiny": tiny, "edm": tiny | {"model_name": "EDM", "model": small},
                "latent": tiny | {"dataset": split, "model": tiny["model"] | {"use_vae": True} | vae},
                "autoencoder": common | {"dataset": split, "model": vae},
                "sd": {"devices": ["cpu"], "model": parts, "sample_cfg": {"steps": 2, "height": 64, "width": 64}}}
     for name, config in configs.items():
-        with open(f"{name}.yaml", "w") as f:
+        with open(f"{place}/{name}.yaml", "w") as f:
             yaml.safe_dump(config, f, sort_keys=False)
-    with open("prompts.txt", "w") as f:
+    with open(f"{place}/prompts.txt", "w") as f:
         f.write("a cat\na dog\n")
-    for line in [*(f"train.py {name}.yaml --output {run}" for name in ("tiny", "edm", "latent") for run in "ab"),
-                 "sample.py runs/latent_a --num 2 --output good.npz",
+    for line in ["train.py tiny.yaml --output a", "train.py edm.yaml --output a", "train.py latent.yaml --output a",
+                 "train.py latent.yaml --output b", "sample.py runs/latent_a --num 2 --output good.npz",
                  "compare.py samplers runs/latent_a heun:2 euler:2 --num 4",
-                 *(f"{PROJECT}/tests/random_sd_checkpoint.py sd.{ending} --config sd.yaml" for ending in ("safetensors", "ckpt"))]:
+                 f"{PROJECT}/tests/random_sd_checkpoint.py sd.safetensors --config sd.yaml",
+                 f"{PROJECT}/tests/random_sd_checkpoint.py sd.ckpt --config sd.yaml"]:
         done = command(*line.split(), cwd=place, environment=environment(base, "template"), seconds=120)
         if done.status:
-            sys.exit(f"fuzz.py: {line}: {done.err}")
+            raise RuntimeError(f"{line}: {done.err}")
 
 
 def environment(base, outer):
@@ -118,7 +124,7 @@ def environment(base, outer):
 
 
 def device(path, name):
-    """A device; root gets one of its own in place of a link, since a script with root's rights could replace /dev/null."""
+    """A device. Root gets one of its own in place of a link: with root's rights a script can replace /dev/null."""
     if os.getuid():
         os.symlink(f"/dev/{name}", path)
     else:
@@ -130,6 +136,7 @@ class Case:
 
     def __init__(self, seed, k):
         self.rng, self.notes = random.Random(f"{seed} {k}"), []
+        self.pick = self.rng.choice
         self.kind = self.rng.choices(list(KINDS), KINDS.values())[0]
 
     def build(self, base, folder):
@@ -164,15 +171,16 @@ class Case:
         return self.rng.random() < share
 
     def times(self):
-        return range(self.rng.choice([1, 1, 1, 2, 2, 3]))
+        return range(self.pick([1, 1, 1, 2, 2, 3]))
 
     def take(self, commands):
         """One of the commands; its run goes into the case's folder."""
-        line = self.rng.choice(commands)
-        self.run = "latent" if line in JUDGE else self.rng.choice(["tiny", "tiny", "edm", "latent"])
-        for name, twin in (("run", "a"), ("run2", "b")):
-            if "RUN" in line:
-                shutil.copytree(f"{self.template}/runs/{self.run}_{twin}", self.path(name))
+        line = self.pick(commands)
+        latent = line in JUDGE or self.kind == "weights"
+        self.run = "latent" if latent else self.pick(["tiny", "tiny", "edm", "latent"])
+        for name, run in (("RUN", f"{self.run}_a"), ("RUN2", "latent_b")):
+            if name in line:
+                shutil.copytree(f"{self.template}/runs/{run}", self.path(name.lower()))
         self.line = line.replace("RUN", "run").split()
 
     def special(self, name, what=None):
@@ -180,7 +188,7 @@ class Case:
         path = self.path(name)
         if os.path.lexists(path):
             os.remove(path)
-        what = what or self.rng.choice(["fifo", "folder", "loop", "nowhere", "unreadable", *DEVICES])
+        what = what or self.pick(["fifo", "folder", "loop", "nowhere", "unreadable", *DEVICES])
         if what == "fifo":
             os.mkfifo(path)
         elif what == "folder":
@@ -224,16 +232,20 @@ class Case:
             self.spoil(name)
 
     def setting(self):
-        """(key, value in YAML) of a setting, the value often wrong, the key sometimes."""
+        """(key, value in YAML) of a setting, the value mostly another one or wrong, the key sometimes."""
         with open(f"{self.template}/runs/{self.run}_a/config.txt") as f:
             config = yaml.safe_load(f)
-        key = self.rng.choice([f"{a}.{b}" if b else a for a, x in config.items() for b in (x if isinstance(x, dict) else [""])])
+        key, old = self.pick([pair for a, section in config.items() for pair in (
+            [(f"{a}.{b}", x) for b, x in section.items()] if isinstance(section, dict) else [(a, section)])])
         if self.chance(0.1):
-            key = self.rng.choice(["x", "", ".", "model", "model.", ".dim", "model.dim.x", "model.x", "a" * 9999, "é", "1", "a.b.c",
-                                   "model.unet", ".".join("a" * 3000), key + " ", key.upper(), key + "\n", "\x1b[31m"])
-        value = self.rng.choice([number(self.rng), number(self.rng), self.rng.choice(WORDS), self.rng.choice(YAML),
-                                 json.dumps(self.rng.choice(TEXTS)), [number(self.rng) for _ in range(self.rng.randrange(5))]])
-        if key in ("train_cfg.epochs", "sample_cfg.steps") and self.line[0] == "train.py" and "--dry-run" not in self.line:
+            key = self.pick([*KEYS, key + " ", key.upper(), key + "\n"])
+        likely = self.pick([1, 2, 3, 8, 16, 0.5, 0.1, True, [0.1, 20], self.pick(WORDS)])
+        if isinstance(old, (bool, str, list)):
+            several = [self.pick([1, 2, 0.5]) for _ in self.times()]
+            likely = {bool: not old, str: self.pick(WORDS), list: several}[type(old)]
+        value = self.pick([likely, likely, number(self.rng), self.pick(WORDS), self.pick(YAML),
+                           json.dumps(self.pick(TEXTS)), [number(self.rng) for _ in self.times()]])
+        if key in ("train_cfg.epochs", "sample_cfg.steps") and self.line[0] == "train.py":
             self.line.append("--dry-run")  # many of them take long, and may
         return key, str(value)
 
@@ -256,9 +268,7 @@ class Case:
                     text = re.sub(rf"\n  {re.escape(last)}: [^\n]*", "", text) if self.chance(0.8) else text
                     text = text.replace(f"{section}:\n", f"{section}:\n  {last}: {value}\n")
                 else:
-                    more = self.rng.choice([f"{key}: {value}\n", f"{value}\n", "\n---\na: 1\n", "? [1]\n: 2\n", "model: {dim: 8}\n",
-                                            "<<: {seed: 1}\n", "seed: &a [*a]\n", "\t\n", "x: " + "[" * 3000, "%YAML 9.9\n---\n",
-                                            "\0", "\ufeff", *(f"b: &b [x, x]\n{bomb}" for bomb in BOMB_LINES)])
+                    more = self.pick([f"{key}: {value}\n", f"{value}\n", *YAML_LINES])
                     text, value = (more + text if self.chance(0.5) else text + more), f"{value[:50]} {more[:50]}"
                 self.write(name, text.encode(errors="surrogatepass"))
                 self.notes.append(f"{name}: {key[:50]}: {value[:100]}")
@@ -274,12 +284,9 @@ class Case:
             self.spoil_state(name, () if "train.py" in self.line else ("optimizer", "scaler", "rng"))
 
     def weights(self):
-        name = self.rng.choice(["encoder.pth", "decoder.pth", "sd.safetensors", "sd.ckpt"])
+        name = self.pick(["encoder.pth", "decoder.pth", "sd.safetensors", "sd.ckpt"])
         if name.endswith(".pth"):
             self.take([TRAIN[3], NPZ, *CODER, *DRAW[:2]])
-            if "run" in self.line and self.run != "latent":
-                shutil.rmtree(self.path("run"))
-                shutil.copytree(f"{self.template}/runs/latent_a", self.path("run"))
             self.spoil_state(name)
         else:
             self.take([DIFFUSION[name == "sd.ckpt"]])
@@ -309,14 +316,15 @@ class Case:
 
     def image(self):
         self.take(TRAIN[:2] + TRAIN[3:] + CODER[1:] + [FOLDER] * 2)
-        folder = "images" if "tiny.yaml" in self.line else self.rng.choice(["split/train", "split/test", "split/test"])
+        folder = "images" if "tiny.yaml" in self.line else self.pick(["split/train", "split/test", "split/test"])
         for _ in self.times():
-            files = sorted(os.path.relpath(os.path.join(a, f), self.folder) for a, _, names in os.walk(self.path(folder)) for f in names)
-            how, animal, (data, ending) = self.rng.random(), f"{folder}/{self.rng.choice(['cat', 'dog'])}", picture(self.rng)
-            name = self.rng.choice(["z"] * 5 + ["\n", "é", "\udcff", ".z", "-", " ", "%s", "a" * 240, "\x1b[31m"]) + ending
+            files = [os.path.relpath(path, self.folder) for path in sorted(snapshot(self.path(folder)))]
+            how, (data, ending) = self.rng.random(), picture(self.rng)
+            animal = f"{folder}/{self.pick(['cat', 'dog'])}"
+            name = self.pick(["z"] * 5 + ["\n", "é", "\udcff", ".z", "-", " ", "%s", "a" * 240, "\x1b[31m"]) + ending
             try:
                 if how < 0.35 and files:
-                    self.spoil(self.rng.choice(files))
+                    self.spoil(self.pick(files))
                 elif how < 0.7:
                     self.write(f"{animal}/{name}", data if self.chance(0.6) else damage(self.rng, data))
                     self.notes.append(f"{data[:4]!r} as {name[:20]!r}")
@@ -325,7 +333,7 @@ class Case:
                 elif how < 0.86:
                     self.bomb(f"{animal}/{name}", "bomb.png")
                 elif how < 0.93:
-                    new = self.rng.choice([f"{folder}/train", f"{folder}/val", f"{folder}/{name}", f"{folder}/new", f"{animal}/sub"])
+                    new = f"{self.pick([folder, folder, animal])}/{self.pick(['train', 'val', 'new', name])}"
                     os.mkdir(self.path(new))
                     self.notes.append(f"folder {new[:50]}")
                 elif how < 0.97:
@@ -343,9 +351,9 @@ class Case:
         for _ in self.times():
             how, at, new = self.rng.random(), self.rng.randrange(1, len(self.line)), word(self.rng, names)
             if how < 0.5:
-                flag = self.rng.choice([*FLAGS[self.line[0]].split(), "--overwrite"])
+                flag = self.pick([*FLAGS[self.line[0]].split(), "--overwrite"])
                 new = "=".join(self.setting()) if flag == "--set" else new
-                said = self.rng.choice([[flag, new], [flag, new], [f"{flag}={new}"], [flag]])
+                said = self.pick([[flag, new], [flag, new], [f"{flag}={new}"], [flag]])
                 self.line += said
             elif how < 0.8:
                 said = [self.line[at], "->", new]
@@ -353,7 +361,7 @@ class Case:
             elif how < 0.9 and len(self.line) > 2:
                 said = ["less", self.line.pop(at)]
             else:
-                said = ["inserted", self.rng.choice([new, self.line[at]])]
+                said = ["inserted", self.pick([new, self.line[at]])]
                 self.line.insert(at, said[1])
             self.notes.append(" ".join(said)[:100])
         if self.line[0] == "benchmark.py":
@@ -363,7 +371,7 @@ class Case:
 
     def file(self):
         """JSON of comparisons, config.txt, event files, prompts."""
-        name = self.rng.choice(["samplers.json", "samplers.json", "run/config.txt", "events", "prompts.txt", "run/sample-0.png"])
+        name = self.pick(["samplers.json"] * 2 + ["run/config.txt", "events", "prompts.txt", "run/sample-0.png"])
         self.take({"samplers.json": [PLOT[1], JUDGE[2]], "prompts.txt": DIFFUSION[1:]}.get(name, PLOT[:1] + RESUME[:1]))
         name = "run/logs/" + os.listdir(self.path("run/logs"))[0] if name == "events" else name
         if name == "samplers.json" and self.chance(0.6):
@@ -379,7 +387,7 @@ class Case:
 def snapshot(*folders):
     """path -> size, time of change and mode, of every file."""
     found = [os.path.join(a, f) for folder in folders for a, _, files in os.walk(folder) for f in files
-             if not f.endswith(".pyc") and f"{os.sep}.git" not in a]
+             if not a.endswith("__pycache__")]
     return {path: (s.st_size, s.st_mtime_ns, s.st_mode) for path in found for s in [os.lstat(path)]}
 
 
@@ -398,12 +406,15 @@ def verdict(done, killed, before, after):
         wrong.append("traceback")
     elif len(lines) > 1 or done.status in (1, 2) and len(lines) != 1:
         wrong.append(f"{len(lines)} lines of error")
-    elif re.search(r"[\r\x1b]", done.err) or len(done.err) > 10_000:
-        wrong.append("control characters in an error" if len(done.err) < 10_000 else "an error of more than 10,000 characters")
+    elif re.search(r"[\r\x1b]", done.err):
+        wrong.append("control characters in an error")
+    elif len(done.err) > 10_000:
+        wrong.append("an error of more than 10,000 characters")
     changed = [path for path in after if after[path] != before.get(path)]
     wrong += ["leaves a half-written file" for path in after if path.endswith(".partial")][:1]
     if done.status == 2:
-        wrong += [f"changed {os.path.basename(path)} though refused" for path in before if path not in after or path in changed][:1]
+        wrong += [f"changed {os.path.basename(path)} though refused" for path in before
+                  if after.get(path) != before[path]][:1]
     readers = {".png": lambda path: Image.open(path).load(), ".gif": lambda path: Image.open(path).load(),
                ".npz": lambda path: np.load(path)["arr_0"], ".tar": lambda path: torch.load(path, weights_only=True),
                ".json": lambda path: json.loads(open(path).read())}
@@ -420,12 +431,12 @@ def attempt(base, seed, k, only, keep):
     case, name = Case(seed, k), f"case-{os.getpid()}"
     if only and case.kind not in only:
         return None
-    torch.manual_seed(k)
+    torch.manual_seed(case.rng.getrandbits(32))
     folder, beside = f"{base}/{name}/case", f"{base}/{name}/beside"
     os.makedirs(folder)
     os.makedirs(beside)
     case.build(base, folder)
-    others = [beside, f"{base}/template", *([PROJECT] if os.access(PROJECT, os.W_OK) else [])]
+    others = [beside, f"{base}/template", *(f"{PROJECT}/{name}" for name in ("code", "pretrained", "results"))]
     outside, inside = snapshot(*others), snapshot(folder)
     wait, killed = start(*case.line, cwd=folder, seconds=SECONDS, environment=environment(base, name)), False
     while wait.process.is_alive():
@@ -449,10 +460,12 @@ def attempt(base, seed, k, only, keep):
     shutil.rmtree(f"{base}/{name}")
     last = (done.err.strip().splitlines() or [""])[-1]
     frames = re.findall(rf'File "{re.escape(PROJECT)}/code/([^"]*)", line \d+, in (\S+)', done.err)
-    group = f"{' '.join(frames[-1] if frames else case.line[:1])}: {wrong[:1]} " + re.sub(r"'[^']*'|\d+|/\S+|checkpoint \S+", "_", last)[:120]
-    return {"k": k, "wrong": wrong, "status": done.status, "seconds": done.seconds, "memory": done.memory, "group": group,
-            "text": f"{k} {case.kind} | {'; '.join(case.notes)[:300]!r} | {' '.join(case.line)[:200]!r} | status {done.status}, "
-                    f"{', '.join(wrong) or 'fine'} | {last[:200]!r}", "output": f"{done.out[-5000:]}\n{done.err[-5000:]}"}
+    where = " ".join(frames[-1] if frames else case.line[:1])
+    return {"k": k, "wrong": wrong, "status": done.status, "seconds": done.seconds, "memory": done.memory,
+            "group": f"{where}: {wrong[:1]} " + re.sub(r"'[^']*'|\d+|/\S+|checkpoint \S+", "_", last)[:120],
+            "text": f"{k} {case.kind} | {'; '.join(case.notes)[:300]!r} | {' '.join(case.line)[:200]!r} | "
+                    f"status {done.status}, {', '.join(wrong) or 'fine'} | {last[:200]!r}",
+            "output": f"{done.out[-5000:]}\n{done.err[-5000:]}"}
 
 
 def main():
@@ -465,46 +478,44 @@ def main():
     parser.add_argument("--keep", default=os.path.join(tempfile.gettempdir(), "fuzz-failures"), metavar="FOLDER")
     parser.add_argument("--verbose", action="store_true", help="print every case")
     args = parser.parse_args()
-    scripts.PRELOADED += ["matplotlib.figure", "matplotlib.backends.backend_pdf", "libs.stable_diffusion.checkpoint", "hostile",
-                          "tensorboard.backend.event_processing.event_accumulator"]
+    scripts.PRELOADED += ["hostile", "matplotlib.figure", "matplotlib.backends.backend_pdf",
+                          "libs.stable_diffusion.checkpoint", "tensorboard.backend.event_processing.event_accumulator"]
     os.environ.update(PYTHONDONTWRITEBYTECODE="1", PYTHONIOENCODING="utf-8:strict", OMP_NUM_THREADS="1")
     warnings.simplefilter("ignore")
+    del sys.modules["__main__"].__file__  # else every script's process would run this file first
     torch.set_num_threads(1)
     os.makedirs(args.keep, exist_ok=True)
     base = tempfile.mkdtemp(prefix="fuzz-")
     try:
-        with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        with ProcessPoolExecutor(args.jobs, get_context("fork")) as pool:
             pool.submit(prepare, base).result()
-        return fuzz(args, base)
+            return report(args, [pool.submit(attempt, base, args.seed, k, args.only, os.path.abspath(args.keep))
+                                 for k in range(args.first, args.first + args.cases)])
     finally:
         shutil.rmtree(base, ignore_errors=True)
 
 
-def fuzz(args, base):
+def report(args, results):
+    """Print what becomes of the futures of `attempt`; returns an exit status."""
     started = printed = time.time()
-    results, failed = [], {}
-    with ProcessPoolExecutor(args.jobs, get_context("fork")) as pool:
-        for k in range(args.first, args.first + args.cases):
-            results.append(pool.submit(attempt, base, args.seed, k, args.only, os.path.abspath(args.keep)))
-        statuses, memory, longest, count = Counter(), 0, 0, 0
-        for future in results:
-            done = future.result()
-            if done is None:
-                continue
-            count += 1
-            statuses[done["status"]] += 1
-            memory, longest = max(memory, done["memory"]), max(longest, done["seconds"])
-            if done["wrong"]:
-                failed.setdefault(done["group"], []).append(done["k"])
-            if done["wrong"] or args.verbose:
-                print(done["text"], *([done["output"]] if args.cases == 1 else []), sep="\n", flush=True)
-            if time.time() - printed > 30:
-                printed = time.time()
-                print(f"{count:,} cases, {count / (printed - started):.1f} a second, {sum(map(len, failed.values()))} failures", flush=True)
+    statuses, failed, memory, longest, count = Counter(), {}, 0, 0, 0
+    for done in filter(None, (future.result() for future in results)):
+        statuses[done["status"]] += 1
+        count, memory, longest = count + 1, max(memory, done["memory"]), max(longest, done["seconds"])
+        if done["wrong"]:
+            failed.setdefault(done["group"], []).append(done["k"])
+        if done["wrong"] or args.verbose:
+            print(done["text"], *([done["output"]] if args.cases == 1 else []), sep="\n", flush=True)
+        if time.time() - printed > 30:
+            printed = time.time()
+            print(f"{count:,} cases, {count / (printed - started):.1f} a second, "
+                  f"{sum(map(len, failed.values()))} failures", flush=True)
     for name, cases in sorted(failed.items(), key=lambda item: -len(item[1])):
         print(f"{len(cases):5d}  {name}  ({', '.join(map(str, cases[:5]))})")
-    print(f"{count / (time.time() - started):.1f} cases a second; {count:,} cases, {sum(map(len, failed.values())):,} failures; statuses "
-          f"{', '.join(f'{s}: {n:,}' for s, n in sorted(statuses.items()))}; most memory {memory / 2 ** 30:.1f} GiB, longest {longest:.1f} s")
+    print(f"{count / (time.time() - started):.1f} cases a second")
+    ended = ", ".join(f"{status}: {n:,}" for status, n in sorted(statuses.items()))
+    print(f"{count:,} cases, {sum(map(len, failed.values())):,} failures; statuses {ended}; most memory "
+          f"{memory / 2 ** 30:.1f} GiB, longest {longest:.1f} s")
     return 1 if failed else 0
 
 
