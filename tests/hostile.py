@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import random
 import struct
 import zipfile
 import zlib

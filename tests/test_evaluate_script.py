@@ -12,7 +12,6 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torchvision.utils import save_image
 
 import evaluate
-import train
 from helpers import Place, one_line, tree
 from libs import UsageError, config
 from libs.data.images import write_npz
