@@ -89,7 +89,7 @@ def prepare(base):
     common = {"devices": ["cpu"], "output_folder": "../case/runs"}
     data = {"name": "ImageFolder", "data_folder": "../case/images", "img_size": 16}
     split = data | {"data_folder": "../case/split", "img_size": 32}
-    small = {"dim": 8, "context_dim": 8, "dim_mults": [1, 2], "attn_levels": [], "timesteps": 10}
+    small = {"dim": 8, "context_dim": 8, "dim_mults": [1], "attn_levels": [], "timesteps": 10}
     tiny = common | {"dataset": data, "loader": {"batch_size": 2}, "eval": {"features": "autoencoder"},
                      "model": small | {"beta_schedule": "cosine", "prediction": "v"},  # noise at the end of ten steps
                      "train_cfg": {"epochs": 1, "num_eval_samples": 1}, "sample_cfg": {"steps": 2}}

@@ -12,7 +12,7 @@ from libs.config import CODE, MODEL_SETTINGS, RULES, SAMPLER_FLAGS, SETTINGS, ch
 from libs.datasets import KNOWN
 from libs.ddpm import PREDICTIONS, SCHEDULES
 from libs.evaluation import EXTRACTORS
-from libs.models import DEFAULT_SAMPLER, MODELS, SAMPLERS
+from libs.models import DEFAULT_SAMPLER, MODELS, SAMPLERS, config_of
 from libs.samplers import SOLVERS
 
 ROOT = Path(CODE).parent
@@ -268,3 +268,11 @@ def test_relative_paths_start_at_code_wherever_we_are(load, tmp_path, monkeypatc
     assert config["output_folder"] == str(tmp_path / "runs") and config["dataset"]["data_folder"] == str(ROOT / "y")
     assert config["model"]["vae_encoder_weights"] == os.path.join(CODE, "e.pth")
     assert config["model"]["vae_decoder_weights"] == "/d.pth"
+
+
+def test_checkpoints_of_versions_that_measured_samples_in_training():
+    old = {"eval": {"every": 5, "num": 200, "features": "classifier"}}
+    assert config_of({"config": old}, "x.pth.tar")["eval"] == {"features": "classifier"}
+    assert old["eval"]["every"] == 5
+    with pytest.raises(UsageError, match="unknown key eval.every"):
+        complete_config(old)

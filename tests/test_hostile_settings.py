@@ -76,10 +76,10 @@ def test_yaml(place, tmp_path, text, words):
 def test_anchors_and_merge_keys_still_work(place):
     (place / "anchors.yaml").write_text(
         f"train_cfg: &few {{epochs: 3, lr: 0.1}}\nmodel: {{dim: 8, dim_mults: &two [1, 2], attn_levels: *two}}\n"
-        "eval: {<<: {num: 20}, num: 30}\n"
+        "loader: {<<: {batch_size: 3}, batch_size: 2}\n"
         f"dataset: {{name: ImageFolder, data_folder: {place}/images, img_size: 16}}\n")
     ended = command("train.py", "anchors.yaml", *TRAIN, "--set", "model.attn_levels=[]", cwd=place)
-    assert ended.status == 0 and "num: 30" in ended.out and "epochs: 3" in ended.out, ended
+    assert ended.status == 0 and "batch_size: 2" in ended.out and "epochs: 3" in ended.out, ended
 
 
 @pytest.mark.parametrize("kind, words", [("folder", "no file"), ("pipe", "no file"), ("device", "no file"),

@@ -125,10 +125,9 @@ MODEL_SETTINGS = {
 
 RULES = {key: rule for table in (SETTINGS, *MODEL_SETTINGS.values()) for key, (_, rule) in table.items()}
 PATHS = ("output_folder", "dataset.data_folder", "model.vae_encoder_weights", "model.vae_decoder_weights")
-# keys in checkpoints of earlier versions, with the only value that they may have, or ANY
-ANY = object()
-RETIRED = {"model.scale_betas": False, "model.min_snr_gamma": None, "train_cfg.cuda_graphs": None, "eval.every": ANY,
-           "eval.num": ANY, "sample_cfg.S_min": None, "sample_cfg.S_max": None, "sample_cfg.S_noise": None}
+# keys in checkpoints of earlier versions, with the only value that they may have
+RETIRED = {"model.scale_betas": False, "model.min_snr_gamma": None, "train_cfg.cuda_graphs": None,
+           "sample_cfg.S_min": None, "sample_cfg.S_max": None, "sample_cfg.S_noise": None}
 
 
 def defaults_of(table):
@@ -221,7 +220,7 @@ def merge(config, given, rules=RULES, prefix=""):
     """Put the values of `given` into `config`, both dicts of sections. Raises UsageError for what does not belong."""
     for key, value in given.items():
         full = f"{prefix}{key}"
-        if key not in config and full in RETIRED and RETIRED[full] in (value, ANY):
+        if key not in config and full in RETIRED and value == RETIRED[full]:
             continue
         if key not in config:
             raise UsageError(f"config: unknown key {full}{_hint(key, full, config, prefix, rules)}")

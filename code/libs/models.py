@@ -223,8 +223,11 @@ def model_from(state, path, ema=True):
 
 def config_of(state, path, complete_config=complete_config):
     """The complete configuration in the `state` of the checkpoint `path`."""
+    given = dict(state["config"])
+    if isinstance(given.get("eval"), dict):  # earlier versions measured samples during training
+        given["eval"] = {key: value for key, value in given["eval"].items() if key not in ("every", "num")}
     try:
-        return complete_config(state["config"])
+        return complete_config(given)
     except UsageError as e:
         raise UsageError(f"checkpoint {path}: {e}") from None
 
