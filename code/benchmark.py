@@ -54,7 +54,7 @@ def parse_args(argv=None):
     if args.profile and (args.json or args.compare):
         raise UsageError(f"--{'json' if args.json else 'compare'}: not with --profile, which makes another table")
     if not 0 < args.seconds <= 3600:
-        raise UsageError(f"--seconds: {args.seconds}; right are more than 0, up to 3600")
+        raise UsageError(f"--seconds: {args.seconds}; must be above 0 and at most 3600")
     if args.json:
         check_output(args.json, args.overwrite, "--json")
     return args

@@ -96,7 +96,11 @@ def main(argv=None):
         labels = labels_like(real.test.labels, len(real.train.classes), args.num)
         model_labels = match_classes(labels, real, state.get("classes", real.train.classes))
         model.to(device, memory_format=memory_format(device))
-        images = ImageSet(draw(model, settings, args, model_labels, device), labels, real.train.classes)
+        print(f"drawing {len(labels):,} images: " + ", ".join(f"{k} {v}" for k, v in settings.items())
+              + f", seed {args.seed}: {network_calls(model, settings)} network calls an image", flush=True)
+        with progress_bar(len(labels), "image") as bar:
+            images, _ = draw_samples(model, settings, model_labels, args.seed, args.batch_size, device, bar.update)
+        images = ImageSet(images.images, labels, real.train.classes)
         figures |= {"step": state.get("step", 0), **settings, "network_calls": network_calls(model, settings),
                     "seed": args.seed}
 
@@ -140,14 +144,6 @@ def match_classes(labels, real, classes):
     if unknown:
         raise UsageError(f"class {unknown[0]} of the data set is none of the model's ({', '.join(classes)})")
     return torch.tensor([classes.index(c) if c in classes else -1 for c in real.train.classes])[labels]
-
-
-def draw(model, settings, args, labels, device):
-    """One image for each label, uint8 N x C x H x W."""
-    print(f"drawing {len(labels):,} images: " + ", ".join(f"{k} {v}" for k, v in settings.items())
-          + f", seed {args.seed}: {network_calls(model, settings)} network calls an image", flush=True)
-    with progress_bar(len(labels), "image") as bar:
-        return draw_samples(model, settings, labels, args.seed, args.batch_size, device, bar.update)[0].images
 
 
 def table(report):

@@ -26,7 +26,11 @@ def main(argv=None):
     state = load_checkpoint(path)
     _, config = model_from(state, path)  # refuses what nobody could draw with
     kept = {k: state[k] for k in ("epoch", "step", "classes", "autoencoder") if k in state}
-    kept["config"] = portable(config, travels=True)
+    kept["config"] = config = portable(config)
+    own = "../data/afhq" if config["dataset"]["name"] == "AFHQ" else "../data"
+    for section, key, default in ((config, "output_folder", "../logs"), (config["dataset"], "data_folder", own)):
+        if os.path.isabs(section[key]):  # outside the project, and nowhere else
+            section[key] = default
     kept["state_dict_ema"] = {k: v.half() if args.half and k.startswith("model.") else v
                               for k, v in state["state_dict_ema"].items()}
     save_checkpoint(kept, False, *os.path.split(os.path.abspath(args.output)))

@@ -78,9 +78,7 @@ def main(argv=None):
 
     # ---- 2. What is going to happen
     device, calls = pick_device([args.device]), network_calls(model, settings)
-    where = {"png": "a grid", "npz": "images and labels",
-             "folder": "PNG files" + (", a folder for each class" if folders else "")}[kind]
-    print(f"drawing {len(labels):,} images into {args.output} ({where}), seed {args.seed}, on {device}")
+    print(f"drawing {len(labels):,} images into {args.output}, seed {args.seed}, on {device}")
     print("; ".join([f"{settings['sampler']}, {settings['steps']} steps, {calls} network calls an image",
                      *(f"{k} {v}" for k, v in settings.items() if k not in ("sampler", "steps"))]), flush=True)
 

@@ -144,7 +144,8 @@ def train_one_epoch(compute_loss, trainer, loader, log, n, seed, precision, stop
         t, noise, drop = (x[loader.part] for x in draw(model, seed, trainer.step, loader.batch_size, device))
 
         # line 5: a gradient step on the mean loss of the batch, computed in one piece or in `accumulate` of them
-        seed_everything(seed, "dropout", trainer.step, loader.part.start)
+        if model.dropout:
+            seed_everything(seed, "dropout", trainer.step, loader.part.start)
         losses, parts = [], list(zip(*(whole.split(n) for whole in (images, labels, t, noise, drop))))
         for k, (x_start, label, time, eps, hidden) in enumerate(parts, 1):
             with averaged(compute_loss, last=k == len(parts)):

@@ -176,6 +176,11 @@ def test_a_damaged_one_is_named_and_skipped(run_folder, capsys):
 
 # ---- reading
 
+def test_many_classes(tmp_path):
+    save_checkpoint(state(classes=[str(k) for k in range(1000)]), False, str(tmp_path), "epoch_000.pth.tar")
+    assert len(load_checkpoint(str(tmp_path / "epoch_000.pth.tar"))["classes"]) == 1000
+
+
 def test_no_damage_goes_unseen(tmp_path):
     """One changed byte, anywhere in the file: refused as damaged, or the very same content."""
     path, small = tmp_path / "epoch_000.pth.tar", state()

@@ -180,7 +180,7 @@ def test_settings(text, setting):
     (["samplers", 0, "heunn:9"], "did you mean heun"),
     (["samplers", 0, "heun:many"], "sample_cfg.steps is 'many'; it must be"),
     (["samplers", 0, "heun:9 guidance=2"], "'guidance=2' is not one of sampler, steps, guidance_scale"),
-    (["samplers", 0, "heun:9 guidance_interval=3"], "a list of 2 times"),
+    (["samplers", 0, "heun:9 guidance_interval=3"], "a list of 2, each"),
     (["samplers", 0, "ddim:11"], "at most model.timesteps, 10"),
     (["samplers", 0, "heun:9", "--output", "t.txt"], "must end in .json"),
     (["samplers", 0, "heun:9", "--output", "no/t.json"], "cannot write into"),

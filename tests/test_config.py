@@ -213,9 +213,7 @@ def test_a_section_is_no_value(refused, value):
     ("sample_cfg: {guidance_scale: 2}", ("sample_cfg.guidance_scale", "2", "model.label_dropout")),
     ("model: {use_vae: true}", ("model.use_vae", "model.vae_encoder_weights")),
     ("model: {use_vae: true, vae_encoder_weights: e.pth}", ("model.use_vae", "model.vae_decoder_weights")),
-    ("model_name: EDM\nmodel: {sigma_min: 80}", ("model.sigma_min is 80", "model.sigma_max")),
     ("model: {img_shape: [1, 32, 32]}", ("model.img_shape is [1, 32, 32]", "MNIST", "dataset.img_size")),
-    ("model: {beta_schedule: cosine}", ("model.prediction is 'eps'", "cosine", "v or x0")),
     ("model: {unet: {}}", ("Stable Diffusion", "txt2img.py")),
 ])
 def test_impossible_together(refused, text, words):

@@ -131,6 +131,12 @@ def test_sampling_stays_where_training_was(options):
     assert (levels > high).sum() >= 10 and (levels < low).sum() >= 10  # it has seen more and less than that
 
 
+@pytest.mark.parametrize("options", [{"sigma_min": 80.0}, {"sigma_min": 30.0}, {"sigma_max": 0.001}, {"P_mean": 9.0}])
+def test_levels_that_training_never_draws_are_refused(options):
+    with pytest.raises(UsageError, match="model.sigma_min is .* and model.sigma_max .* around e"):
+        small(**options)
+
+
 def test_loss_of_a_latent_model():
     model = small(img_shape=(3, 64, 64), use_vae=True)
     images, t, noise = torch.rand(2, 3, 64, 64), torch.tensor([3, 40]), torch.randn(2, 4, 8, 8)

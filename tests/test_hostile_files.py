@@ -102,7 +102,7 @@ def npz(path, header=None, size=0, change=None, **arrays):
                 np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, **header})
                 f.write(bytes(size))
         for name, array in arrays.items():
-            with z.open(f"{name.strip('_')}.npy", "w") as f:
+            with z.open(f"{name}.npy", "w") as f:
                 np.lib.format.write_array(f, array)
         for member in z.filelist if change else ():
             change(member)
@@ -115,11 +115,10 @@ IMAGES = np.zeros((4, 16, 16, 3), np.uint8)
 @pytest.mark.parametrize("said, arrays", [
     ("damaged", dict(header={"shape": (2 ** 31, 28, 28, 1)}, size=784)),
     ("damaged", dict(header={"shape": (-1, -28, 28, 1)}, size=784)),
-    ("in it twice", dict(arr_0=IMAGES, _arr_0=IMAGES)),
     ("encrypted", dict(arr_0=IMAGES, change=lambda member: setattr(member, "flag_bits", member.flag_bits | 1))),
     ("labels run from 0 to 9; must be from 0 to 1", dict(arr_0=IMAGES, labels=np.array([0, 0, 9, 1]))),
     ("images are 28 x 28, those of the data set 16 x 16", dict(arr_0=np.zeros((4, 28, 28, 3), np.uint8))),
-], ids=["large", "negative", "twice", "encrypted", "labels", "size"])
+], ids=["large", "negative", "encrypted", "labels", "size"])
 def test_an_npz_file_is_refused_before_the_work(place, tmp_path, said, arrays):
     """What evaluates these images, of no MNIST, is not here: nothing has looked for it yet."""
     r = evaluate(place, npz(tmp_path / "x.npz", **arrays))

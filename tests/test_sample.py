@@ -148,7 +148,7 @@ def test_a_run_folder_or_a_checkpoint_without_a_config(place, call):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--steps", "31"], ["steps", "31", "30"]),
-    (["--num", "0"], ["--num", "1 is the least"]),
+    (["--num", "0"], ["--num", "from 1 to 10"]),
     (["--sampler", "eular"], ["eular", "euler"]),
     (["--labels", "0,2"], ["label 2", "0 to 1"]),
     (["--labels", "cat"], ["--labels", "cat"]),

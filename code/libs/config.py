@@ -47,7 +47,7 @@ SETTINGS = {
     # updates are far faster, the augmentation is coarser. 0: encode anew in every update, each time another crop
     "dataset.latent_crops": (4, optional(integer(0, 1000))),
 
-    "loader.batch_size": (64, integer(1, 10 ** 4)),
+    "loader.batch_size": (64, integer(1, 10 ** 6)),
     # threads that decode image files, where the data do not fit in memory
     "loader.num_workers": (4, integer(0, 1000)),
 
@@ -72,7 +72,7 @@ SETTINGS = {
 
     "train_cfg.lr": (2e-4, number(above=0)),
     "train_cfg.epochs": (30, integer(1, 10 ** 9)),
-    "train_cfg.num_eval_samples": (10, integer(1, 100)),          # images per class in a sample grid
+    "train_cfg.num_eval_samples": (10, integer(1, 10 ** 4)),      # images per class in a sample grid
     "train_cfg.warmup": (0, integer(0, 10 ** 9)),                 # updates over which the learning rate rises to lr
     # cosine: down to zero at the last update
     "train_cfg.lr_schedule": ("constant", one_of("constant", "cosine")),
@@ -117,7 +117,7 @@ MODEL_SETTINGS = {
         "model.sigma_data": (None, optional(number(1e-6, 1e6))),
         "model.P_mean": (-1.2, number(-100, 100)),
         "model.P_std": (1.2, number(1e-6, 100)),
-        "model.sigma_min": (0.002, number(1e-6, 1e6)),
+        "model.sigma_min": (0.002, number(1e-6, 1e6)),  # both are cut to what P_mean and P_std make training draw
         "model.sigma_max": (80.0, number(1e-6, 1e6)),
         "model.rho": (7.0, number(0.1, 1000)),
     },
@@ -126,8 +126,8 @@ MODEL_SETTINGS = {
 RULES = {key: rule for table in (SETTINGS, *MODEL_SETTINGS.values()) for key, (_, rule) in table.items()}
 PATHS = ("output_folder", "dataset.data_folder", "model.vae_encoder_weights", "model.vae_decoder_weights")
 # keys in checkpoints of earlier versions, with the only value that they may have
-RETIRED = {"model.scale_betas": False, "model.min_snr_gamma": None, "train_cfg.cuda_graphs": None,
-           "sample_cfg.S_min": None, "sample_cfg.S_max": None, "sample_cfg.S_noise": None}
+RETIRED = {"model.scale_betas": False, "model.min_snr_gamma": None, "train_cfg.cuda_graphs": None, "eval.every": None,
+           "eval.num": 1000, "sample_cfg.S_min": None, "sample_cfg.S_max": None, "sample_cfg.S_noise": None}
 
 
 def defaults_of(table):
@@ -269,19 +269,12 @@ def _fill_in_shapes(config):
                          f"gives {[shape[0], size, size]}; change dataset.img_size")
 
 
-def portable(config, travels=False):
-    """A copy for files: paths in the project are relative to code/ again, so that it can be moved; others are absolute.
-
-    travels: for files that leave this machine: folders outside the project are replaced by the project's own.
-    """
+def portable(config):
+    """A copy for files: paths in the project are relative to code/ again, as it may be moved; others are absolute."""
     config, root = copy.deepcopy(config), os.path.dirname(CODE)
-    afhq = config["dataset"]["name"] == "AFHQ"
-    own = {"output_folder": "../logs", "data_folder": "../data/afhq" if afhq else "../data"}
     for section, key in _paths(config):
         if os.path.join(section[key], "").startswith(os.path.join(root, "")):
             section[key] = os.path.relpath(section[key], CODE).replace(os.sep, "/")
-        elif travels:
-            section[key] = own.get(key, section[key])
     return config
 
 
@@ -294,13 +287,6 @@ def _check_combinations(config):
     if sampling["guidance_scale"] != 1 and model["label_dropout"] == 0:
         raise UsageError(f"config: sample_cfg.guidance_scale is {sampling['guidance_scale']}; "
                          "other than 1 it needs model.label_dropout above 0 (0.1 is usual)")
-    if model.get("beta_schedule") == "cosine" and model["prediction"] == "eps":
-        # it ends at abar = 2e-9: an image computed from x_t and eps there is an error times 20,000
-        raise UsageError("config: model.prediction is 'eps', which cannot be sampled with model.beta_schedule "
-                         "'cosine'; use v or x0")
-    if config["model_name"] == "EDM" and model["sigma_min"] >= model["sigma_max"]:
-        raise UsageError(f"config: model.sigma_min is {model['sigma_min']}; it must be below model.sigma_max, "
-                         f"{model['sigma_max']}")
 
 
 # ---- sample_cfg on the command line

@@ -210,10 +210,11 @@ def build_dataset(name, split, data_folder, img_size=None, value_range=None, lim
 
 def _load_torchvision(name, train, root):
     """A data set of torchvision's as (uint8 N x C x S x S, labels, class names); downloads what is missing."""
+    folder = Path(root, "cifar-10-batches-py" if name == "CIFAR10" else f"{name}/raw")
     try:
-        for path in Path(root, name).glob("*/*"):
-            if not path.is_file() or path.stat().st_size > 10 ** 8:
-                raise ValueError(f"{path.relative_to(root)} is none of its files; delete it")
+        for path in folder.glob("*"):
+            if not path.is_dir() and (not path.is_file() or path.stat().st_size > 10 ** 8):
+                raise ValueError(f"{path} is none of its files; delete it")
         if name == "MNIST":
             fetch_mnist(root)
         data = getattr(tv, name)(root, train=train, download=True)
@@ -227,7 +228,7 @@ def _load_torchvision(name, train, root):
     labels = torch.as_tensor(data.targets, dtype=torch.long)
     if images.shape[1:] != KNOWN[name][0] or labels.shape != images.shape[:1]:
         raise RunError(f"dataset.data_folder: images {tuple(images.shape)} and labels {tuple(labels.shape)} are not "
-                       f"{name}; delete {Path(root, name)}")
+                       f"{name}; delete {folder}")
     return images, labels, classes
 
 

@@ -84,13 +84,11 @@ class DDPM(Diffusion):
         signal: sqrt(abar) at the last timestep, the share of the image that is left.
         """
         ends = f"model.timesteps: with {self.timesteps}, the noise schedule ends at sqrt(abar) = {signal:.2g}"
-        if signal < 1e-12:  # less than fp32 can tell from nothing
-            raise UsageError(f"{ends}, from where no image can be computed; take fewer")
-        if signal < 1e-4 and self.prediction == "eps":
-            warnings.warn(f"{ends}, where an image computed from eps has its error times {1 / signal:,.0f}; take "
-                          "fewer, or model.prediction v", stacklevel=3)
-        elif signal > 0.1:
-            warnings.warn(f"{ends}, but sampling starts at 0, which training does not see; take more", stacklevel=3)
+        if signal < (1e-4 if self.prediction == "eps" else 1e-12):  # an image computed from eps has its error / signal
+            raise UsageError(f"{ends}, from where no image can be computed; take fewer, or model.prediction v")
+        if signal > 0.1:
+            warnings.warn(f"{ends}, but sampling starts from pure noise, which training then never sees; take more",
+                          stacklevel=3)
 
     @staticmethod
     def _extract(table, t, x_shape):

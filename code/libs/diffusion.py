@@ -32,6 +32,7 @@ class Diffusion(nn.Module):
         self.timesteps = timesteps
         self.num_classes = num_classes
         self.label_dropout = label_dropout
+        self.dropout = unet_options.get("dropout", 0.0)
         self.use_vae = use_vae
         self.vae = TAESD(vae_encoder_weights, vae_decoder_weights) if use_vae else None
         self.img_shape = TAESD.latent_shape(img_shape) if use_vae else tuple(img_shape)

@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from .common.errors import UsageError
 from .diffusion import Diffusion
 
 
@@ -18,7 +19,8 @@ class EDM(Diffusion):
         sigma_data: standard deviation of the data; None starts at the paper's 0.5, and `train.py`
             measures it (`set_sigma_data`). A buffer, kept with the weights.
         P_mean, P_std: training draws ln(sigma) from N(P_mean, P_std^2); Table 1.
-        sigma_min, sigma_max, rho: the sampler's noise levels, eq. 5, as far as training draws them (`sigma_range`).
+        sigma_min, sigma_max, rho: the sampler's noise levels, eq. 5, cut to e^(P_mean +- TAIL P_std), beyond which
+            training draws almost nothing.
 
     The log-normal is divided into `timesteps` equally likely strata: t = 0 is the lowest, as in DDPM, so that both take
     the same arguments and the same plots. Training draws the place inside a stratum too, so every level occurs.
@@ -39,6 +41,10 @@ class EDM(Diffusion):
         self.register_buffer("sigmas", torch.exp(P_mean + P_std * torch.special.ndtri(u)).float())
         self.P_mean, self.P_std = P_mean, P_std
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
+        low, high, _ = self.sigma_range
+        if low >= high:
+            raise UsageError(f"model.sigma_min is {sigma_min} and model.sigma_max {sigma_max}; between them must be "
+                             f"levels that training draws, around e^{P_mean}")
 
     def set_sigma_data(self, std):
         """Set sigma_data to the data's measured standard deviation, unless the config gave one."""

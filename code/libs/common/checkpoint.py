@@ -10,9 +10,9 @@ import pickle
 import re
 import zipfile
 
-from .errors import RunError, UsageError, display_path, first_line, shown
+from .errors import RunError, UsageError, display_path, first_line
 from .files import atomic_file, read_tensors, save_tensors
-from .rules import integer, list_of, mapping, number, optional, text
+from .rules import check, integer, list_of, mapping, number, optional, text
 
 FINAL = "model_final.pth.tar"
 # epoch_009: after the tenth epoch; epoch_009_batch_00042: after 42 batches of it
@@ -23,7 +23,7 @@ COUNT = integer(0, 2 ** 53)
 SCHEMA = {
     "epoch": COUNT, "batch": COUNT, "step": COUNT, "updates_per_epoch": COUNT,
     "ckpt_freq": integer(1, 2 ** 53), "print_freq": integer(1, 2 ** 53),
-    "config": mapping(str), "classes": list_of(text()), "labels_sha256": text(),
+    "config": mapping(str), "classes": list_of(text(), most=10 ** 6), "labels_sha256": text(),
     "autoencoder": mapping(str, encoder=text(), decoder=text()),
     "state_dict": mapping(str), "state_dict_ema": mapping(str),
     "optimizer": mapping(str, state=mapping(int)),
@@ -121,13 +121,8 @@ def load_checkpoint(path, config=None, resume=False):
     missing = [key for key in TO_RESUME if resume and key not in state]
     if missing:
         raise UsageError(f"--resume: {path} holds no {missing[0]}; resume from an epoch_*.pth.tar of train.py")
-    for key, (wanted, convert) in SCHEMA.items():
-        if key not in state:
-            continue
-        try:
-            convert(state[key])
-        except (ValueError, TypeError, OverflowError):
-            raise UsageError(f"checkpoint {path}: {key} is {shown(state[key])}; it must be {wanted}") from None
+    for key in SCHEMA.keys() & state.keys():
+        check(key, state[key], SCHEMA, f"checkpoint {path}: ")
     return {"config": config, **state}
 
 

@@ -27,8 +27,7 @@ def positive(text):
     """Type of a flag that counts something."""
     value = int(text)
     if not 1 <= value <= 10 ** 9:
-        raise argparse.ArgumentTypeError(f"{shown(value)} is too " + (
-            "few; 1 is the least" if value < 1 else "many; 10^9 is the most"))
+        raise argparse.ArgumentTypeError(f"{shown(value)}; must be from 1 to 10^9")
     return value
 
 
@@ -85,7 +84,8 @@ def one_line(message):
 
 def run(main):
     """Call a script's `main()` and end the process: 2 for bad usage, 1 for a failed run, neither with a traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what is no text
+    if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what is no text
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
     try:
         status = main()

@@ -41,9 +41,9 @@ def save_tensors(state, f):
 
 
 def check_archive(path):
-    """Raise ValueError where a file of torch.save is damaged, by the checksums in it, or would unpack to more than it is.
+    """Raise ValueError where a file of torch.save is damaged, or would unpack to more bytes than it has.
 
-    About a second for each GB. The format before torch 1.6 is no zip file, and is not checked.
+    By the checksums in it, about a second for each GB. The format before torch 1.6 is no zip file, and is not checked.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z:

@@ -5,7 +5,6 @@ import re
 
 from .errors import UsageError, shown
 
-MOST = 64  # values of a list
 
 
 def integer(low, high=None):
@@ -62,12 +61,12 @@ def device():
     return "cuda:0, cuda:1, ..., cpu or mps", check
 
 
-def list_of(rule, length=None, empty=False):
+def list_of(rule, length=None, empty=False, most=64):
     def check(v):
-        if not isinstance(v, (list, tuple)) or len(v) > MOST or (length and len(v) != length) or not (v or empty):
+        if not isinstance(v, (list, tuple)) or len(v) > most or (length and len(v) != length) or not (v or empty):
             raise ValueError
         return [rule[1](x) for x in v]
-    return f"a list of {length or f'up to {MOST}'} times {rule[0]}", check
+    return f"a list of {length or f'up to {most}'}, each {rule[0]}", check
 
 
 def mapping(kind, each=None, **entries):

@@ -23,6 +23,6 @@ def image_noise(seed, numbers, shape):
 def seed_everything(seed, *purpose):
     """Seed torch's global generators, on every device, from which initial weights and dropout come.
 
-    With `purpose`, numbers and strings, by a function of (seed, *purpose).
+    With `purpose` (numbers and strings), the seed is a function of (seed, *purpose).
     """
     torch.manual_seed(seeded_generator(seed, *purpose).initial_seed() if purpose else seed % 2 ** 64)

@@ -15,12 +15,12 @@ from ..common.errors import UsageError, display_path, first_line
 from ..common.memory import available_memory
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # others, such as EPS, start a program
-MEGAPIXELS = 100  # that are decoded at once, in all threads; takes up to 2 GB
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # not EPS, for which Pillow starts Ghostscript
+MEGAPIXELS = 100  # decoded at the same time, by all threads together; up to 2 GB
 free, turn = Semaphore(MEGAPIXELS), Lock()
 Image.core.set_block_size(2 ** 26)  # so large that malloc gives freed pixels back instead of keeping them per thread
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # what it cannot read it raises
+warnings.filterwarnings("ignore", module=r"PIL\.")  # for what it cannot read it raises an error too
 
 
 def find_split(root, train):
@@ -73,12 +73,17 @@ def scan_folder(root, train):
 
 
 @contextmanager
-def open_image(path, key="dataset.data_folder"):
-    """A Pillow image, not yet decoded. What fails while it is open is a UsageError that names `key` and the file."""
+def open_image(path, key="dataset.data_folder", size=None):
+    """A Pillow image, not yet decoded. What fails while it is open is a UsageError that names `key` and the file.
+
+    size: where given, a JPEG may come at a lower resolution, of at least 2 `size` a side.
+    """
     try:
         if not os.path.isfile(path):  # a pipe would be waited for without end
             raise ValueError("no regular file")
         with Image.open(path, formats=FORMATS) as image:
+            if size and image.format == "JPEG":
+                image.draft("RGB", (2 * size, 2 * size))  # decode at a lower resolution
             need = image.width * image.height // 10 ** 6 + 1
             if need > MEGAPIXELS:
                 raise ValueError(f"{image.width} x {image.height}; must be below {MEGAPIXELS} megapixels")
@@ -98,9 +103,7 @@ def open_image(path, key="dataset.data_folder"):
 
 def decode(path, size):
     """Read an image as uint8 3 x size x size: shorter side resized to `size`, centre cropped to a square."""
-    with open_image(path) as image:
-        if image.format == "JPEG":
-            image.draft("RGB", (2 * size, 2 * size))  # decode at a lower resolution where that is enough
+    with open_image(path, size=size) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
             image = Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8))

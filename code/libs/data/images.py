@@ -69,8 +69,7 @@ class FolderImages(FileImages):
     """
 
     def __init__(self, paths, channels):
-        super().__init__(paths, None, num_workers=None)  # of threads: as many as fit the processors
-        self.channels = channels
+        self.paths, self.num_workers, self.channels = paths, None, channels  # as many threads as fit the processors
         with open_image(paths[0], "images") as image:
             self.shape = (len(paths), channels, image.height, image.width)
 
@@ -139,10 +138,8 @@ def _read_npz(path, channels, classes):
         with np.load(path, mmap_mode="r", allow_pickle=False) as arrays:
             packed, unpacked = os.path.getsize(path), sum(member.file_size for member in arrays.zip.infolist())
             if unpacked > max(100 * packed, 2 ** 28):
-                raise ValueError(f"{unpacked:,} bytes packed into {packed:,} are no photographs or digits")
-            if len(set(arrays.files)) < len(arrays.files):
-                raise ValueError("an array is in it twice")
-            check_memory(4 * unpacked, f"reading {name}", "take fewer images")
+                raise ValueError(f"it would unpack from {packed:,} to {unpacked:,} bytes, too much for images")
+            check_memory(3 * unpacked, f"reading {name}", "take fewer images")
             images = np.asarray(arrays["arr_0"])
             labels = np.asarray(arrays["labels"]) if "labels" in arrays.files else None
     except UsageError:

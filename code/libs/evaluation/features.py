@@ -194,7 +194,10 @@ def cached_features(extractor, images, what):
     path = os.path.join(folder, f"{extractor.name}-{extractor.hash}-{len(images)}-{digest[:12]}.pt")
     if os.path.isfile(path):
         try:
-            return _read_cache(path, key, torch.empty(len(images), extractor.dim))
+            saved = read_tensors(path)
+            if saved["key"] == key and fits(saved["features"], torch.empty(len(images), extractor.dim)):
+                return saved["features"]
+            raise ValueError("of other images or another extractor")
         except Exception as e:  # a damaged file makes zipfile and torch raise almost anything
             print(f"features: {display_path(path)} is damaged or another file ({first_line(e)}): made again")
     with progress_bar(len(images), "image", f"features of the {what}") as bar:
@@ -206,10 +209,3 @@ def cached_features(extractor, images, what):
     except (OSError, RunError) as e:  # a full disk does not stop the run
         print(f"features are not kept for the next time: {first_line(e)}")
     return features
-
-
-def _read_cache(path, key, like):
-    saved = read_tensors(path)
-    if saved["key"] != key or not fits(saved["features"], like):
-        raise ValueError("of other images or another extractor")
-    return saved["features"]

@@ -62,10 +62,10 @@ class MemorizationTest:
 
         Returns: a dict with
             copies: the verdict (`detected`, and `verdict` for people), the `share` of copies with its 95 % interval
-                (`share_low`, `share_high`), or if there are none the share that looks like one `at_most`; `p_value`,
-                `level`, and the counts behind them: how many images are below a `scale` of the threshold, in any space;
-                `tries` has them for every scale. Copies that are changed beyond recognition are missing from the
-                share. See `verdict` for the choice of the scale.
+                (`share_low`, `share_high`); where none are found, `at_most`, the upper end for what looks like one;
+                `p_value`, `level`, and the counts behind them: how many images are below a `scale` of the threshold, in
+                any space; `tries` has them for every scale, of which `verdict` chooses one. Copies that are changed
+                beyond recognition are missing from the share.
             pixels, features: see `Space.medians`. Distances in pixels are Euclidean, of pixels in [0, 1] after
                 averaging down to at most 32 x 32.
             closest: `generated` and, to compare, `held_out`: the PAIRS images that are most like a copy, each with its
@@ -144,8 +144,8 @@ class Space:
         return ratio / self.threshold
 
     def medians(self, found):
-        """Median distances to the nearest training image: a dict of `median_generated`, `median_held_out`, and as `ratio`
-        the first as a part of the second, 1 for fresh images."""
+        """Median distances to the nearest training image: a dict of `median_generated`, `median_held_out`, and their
+        `ratio`, 1 for fresh images."""
         median, median_h = (float(distances[:, 0].median()) for distances, _ in (found, self.of_held_out))
         return {"median_generated": median, "median_held_out": median_h,
                 "ratio": median / median_h if median_h else None}

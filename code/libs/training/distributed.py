@@ -21,7 +21,7 @@ class World:
     """This process among those of the run: `rank` of `size`; `first` is the one that speaks and writes."""
 
     TIMEOUT = timedelta(minutes=30)  # after which a process that says nothing is given up
-    SETUP_TIMEOUT = timedelta(hours=24)  # while the first downloads, encodes, makes features, or draws
+    SETUP_TIMEOUT = timedelta(hours=24)  # while the first downloads, encodes or draws
 
     def __init__(self):
         given = [os.environ.get(*pair) for pair in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))]
@@ -63,7 +63,7 @@ class World:
             dist.barrier(self.setup)
 
     def meet(self):
-        """Wait for the first process, which may spend long on sample grids and metrics."""
+        """Wait for the first process, which may spend long on its sample grids."""
         if self.size > 1:
             dist.barrier(self.setup)
 

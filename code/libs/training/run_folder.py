@@ -62,19 +62,18 @@ class Claim(ExitStack):
         """Claim a folder that exists."""
         self.path = os.path.join(folder, "running")
         self.file = self.enter_context(open(self.path, "a+", errors="replace"))
+        free, remedy = True, "stop it first"
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = True
         except BlockingIOError:
             time.sleep(0.2)  # whoever has just got it writes its name
             free = False
-        except (OSError, AttributeError):  # no locks here: whoever wrote its name has it
-            free = os.path.getsize(self.path) == 0
+        except (OSError, AttributeError):  # a file system without locks: the folder is theirs who wrote into the file
+            free, remedy = os.path.getsize(self.path) == 0, f"if it has ended, delete {display_path(self.path)}"
         self.file.seek(0)
         owner = self.file.readline(200).strip()
         if not free or not self.holds():
-            raise UsageError(f"{display_path(folder)}: a training runs there ({owner}); if it has ended, delete "
-                             f"{display_path(self.path)}")
+            raise UsageError(f"{display_path(folder)}: a training runs there ({owner}); {remedy}")
         if owner:
             print(f"{display_path(folder)}: taken over from a training that has ended ({owner})", flush=True)
         self.callback(self._release)
@@ -84,7 +83,7 @@ class Claim(ExitStack):
             os.write(self.file.fileno(), me.encode())
 
     def holds(self):
-        """Whether the claimed folder is still there."""
+        """Whether the file is still the one that was opened."""
         with suppress(OSError):
             return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
 
@@ -157,7 +156,7 @@ class RunFolder:
         state = {**trainer.state_dict(), **facts, "config": portable(self.config),
                  "ckpt_freq": self.args.ckpt_freq, "print_freq": self.args.print_freq}
         name = checkpoint_name(trainer.epoch, trainer.batch)
-        if not self.claim.holds():
+        if not os.path.exists(self.claim.path):
             raise RunError(f"cannot write {display_path(os.path.join(self.path, name))}: the run folder was removed")
         save_checkpoint(state, is_final, self.path, name)
         remove_old_checkpoints(self.path, self.config["train_cfg"]["keep_last"])
