@@ -97,7 +97,7 @@ def prepare(base):
     parts = {"unet": unet, "autoencoder": {"dim": 32}, "text_encoder": {"width": 32, "layers": 1, "heads": 2}}
     configs = {"tiny": tiny, "edm": tiny | {"model_name": "EDM", "model": small},
                "latent": tiny | {"dataset": split, "model": tiny["model"] | {"use_vae": True} | vae},
-               "autoencoder": common | {"dataset": split, "model": vae},
+               "autoencoder": common | {"dataset": split, "model": vae, "train_cfg": {"epochs": 1}},
                "sd": {"devices": ["cpu"], "model": parts, "sample_cfg": {"steps": 2, "height": 64, "width": 64}}}
     for name, config in configs.items():
         with open(f"{place}/{name}.yaml", "w") as f:
@@ -378,6 +378,8 @@ class Case:
             self.notes += said
         else:
             self.spoil(name)
+        if name == "prompts.txt":  # a picture for each line
+            self.write(name, b"\n".join(self.read(name).splitlines()[:9]))
 
 
 # ---- running
