@@ -38,6 +38,7 @@ def main(argv=None):
 
 
 def train(args, world, claim):
+    """`main`, while no other training can write into the run folder."""
     # ---- 1. Configuration
     config, folder, resume_path, state = find_place(args, claim)
     cfg, data = config["train_cfg"], config["dataset"]

@@ -176,6 +176,16 @@ def test_a_damaged_one_is_named_and_skipped(run_folder, capsys):
 
 # ---- reading
 
+def test_an_archive_on_several_disks(tmp_path):
+    path = tmp_path / "epoch_000.pth.tar"
+    save_checkpoint(state(), False, str(tmp_path), path.name)
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x06\x07") + 16] = 2  # their number, in the locator of the directory's end
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match="damaged or no checkpoint: zipfiles that span multiple disks"):
+        load_checkpoint(str(path))
+
+
 def test_many_classes(tmp_path):
     save_checkpoint(state(classes=[str(k) for k in range(1000)]), False, str(tmp_path), "epoch_000.pth.tar")
     assert len(load_checkpoint(str(tmp_path / "epoch_000.pth.tar"))["classes"]) == 1000

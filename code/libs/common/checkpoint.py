@@ -103,9 +103,9 @@ def load_checkpoint(path, config=None, resume=False):
     """
     if not os.path.isfile(path):
         raise UsageError(f"checkpoint: no file {path}")
-    if not zipfile.is_zipfile(path):
-        raise UsageError(f"checkpoint {path} is damaged or no checkpoint of train.py (those end in .pth.tar)")
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("those of train.py end in .pth.tar")
         state = read_tensors(path)
     except pickle.UnpicklingError:
         raise UsageError(f"checkpoint {path} holds more than tensors and plain values; loading it could run code, "
