@@ -378,7 +378,7 @@ class Case:
             self.notes += said
         else:
             self.spoil(name)
-        if name == "prompts.txt":  # a picture for each line
+        if name == "prompts.txt" and os.path.isfile(self.path(name)):  # a picture for each line
             self.write(name, b"\n".join(self.read(name).splitlines()[:9]))
 
 
