@@ -129,6 +129,10 @@ def test_shape_and_classes_come_from_the_data_set(load, name, size, shape, class
     assert (model["img_shape"], model["num_classes"]) == (shape, classes)
 
 
+def test_a_path_that_no_file_can_have(refused):
+    assert "output_folder is '" in refused('output_folder: "a\\ud83d"')
+
+
 def test_settings_of_earlier_versions(load, refused):
     """A checkpoint may hold a setting that is gone, where it said nothing."""
     assert load("model: {scale_betas: false, min_snr_gamma: null}\nsample_cfg: {S_min: null}") == load("")

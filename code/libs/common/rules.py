@@ -1,6 +1,7 @@
 """What the value of a setting may be: rules, each (in words, function value -> value that raises ValueError)."""
 
 import difflib
+import os
 import re
 
 from .errors import UsageError, shown
@@ -47,7 +48,7 @@ def boolean():
 
 def text():
     def check(v):
-        if not isinstance(v, str) or not v or "\0" in v:
+        if not isinstance(v, str) or not v or b"\0" in os.fsencode(v):  # which raises for what no file can be called
             raise ValueError
         return v
     return "a piece of text", check
