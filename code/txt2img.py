@@ -73,6 +73,8 @@ def read_prompts(args):
     if args.prompts is None:
         return [args.prompt]
     try:
+        if os.path.exists(args.prompts) and not os.path.isfile(args.prompts):
+            raise OSError("it is no regular file")  # a pipe or a device may never end
         with open(args.prompts, encoding="utf-8-sig") as f:
             prompts = [line.strip() for line in f if line.strip()]
     except (OSError, UnicodeDecodeError) as e:

@@ -187,7 +187,7 @@ def test_profile(place, capsys):
 def test_bad_input(place, monkeypatch):
     monkeypatch.setattr(benchmark, "measure_apart", lambda *_: pytest.fail("measured all the same"))
     for arguments, message in ((["no.yaml"], "no file no.yaml"), (["--set", "model.dimm=8"], "did you mean model.dim"),
-                               (["--set", "model.dim=12"], "multiple of 8"), (["--rounds", "0"], "0 is too few"),
+                               (["--set", "model.dim=12"], "multiple of 8"), (["--rounds", "0"], "0; must be from 1"),
                                (["--json", "no/such/a.json"], "cannot write into"),
                                (["--compare", "--profile"], "--compare: not with --profile")):
         with pytest.raises(UsageError) as error:

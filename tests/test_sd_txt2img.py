@@ -105,9 +105,12 @@ def test_mistakes(draw, tmp_path, flags, says):
     assert says in one_line(error) and not pictures(tmp_path)
 
 
-@pytest.mark.parametrize("content, says", [(b"", "no line with text"), (b"\xff\xfe", "cannot read")])
+@pytest.mark.parametrize("content, says", [(b"", "no line with text"), (b"\xff\xfe", "cannot read"), (None, "no regular file")])
 def test_files_without_prompts(draw, tmp_path, content, says):
-    (tmp_path / "p.txt").write_bytes(content)
+    if content is None:
+        (tmp_path / "p.txt").symlink_to(os.devnull)
+    else:
+        (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(UsageError) as error:
         draw("--prompts", "p.txt")
     assert says in one_line(error)

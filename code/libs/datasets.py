@@ -214,7 +214,7 @@ def _load_torchvision(name, train, root):
     try:
         for path in folder.glob("*"):
             if not path.is_dir() and (not path.is_file() or path.stat().st_size > 10 ** 8):
-                raise ValueError(f"{path} is none of its files; delete it")
+                raise ValueError(f"{path.relative_to(root)} is none of its files; delete it")
         if name == "MNIST":
             fetch_mnist(root)
         data = getattr(tv, name)(root, train=train, download=True)
