@@ -16,6 +16,9 @@ from multiprocessing import forkserver
 from typing import NamedTuple
 from unittest import mock
 
+import yaml
+from PIL import Image
+
 PROJECT = os.path.abspath(os.environ.get("PROJECT") or os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 # what scripts spend their first seconds on
 PRELOADED = ["scripts", "torch.utils.tensorboard", "libs", "libs.evaluation", "libs.training.run_folder"]
@@ -35,6 +38,19 @@ class Ended(NamedTuple):
         """Standard error, which must be the one line of an error."""
         assert self.status in (1, 2) and self.err.count("\n") == 1 and "Traceback" not in self.err, self
         return self.err
+
+
+def tiny_project(root, size, **sections):
+    """Two class folders of pictures of `size` and a config that trains on them, tiny.yaml; runs go into root/runs."""
+    for k, name in enumerate(["cat", "dog"]):
+        (root / "images" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (size, size), (100 * k + 50 * i,) * 3).save(root / "images" / name / f"{i}.png")
+    (root / "tiny.yaml").write_text(yaml.safe_dump({
+        "devices": ["cpu"], "output_folder": str(root / "runs"), "loader": {"batch_size": 2},
+        "dataset": {"name": "ImageFolder", "data_folder": str(root / "images"), "img_size": 16},
+        "model": {"dim": 8, "context_dim": 8, "dim_mults": [1, 2], "attn_levels": [], "timesteps": 10}, **sections}))
+    return root / "tiny.yaml"
 
 
 def command(script, *arguments, **options):

@@ -12,27 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from PIL import Image
 
-from scripts import command, start
+from scripts import command, start, tiny_project
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A config of a training of two updates an epoch; its runs are in the folder runs beside it."""
-    root = tmp_path_factory.mktemp("claims")
-    for k, name in enumerate(["cat", "dog"]):
-        (root / "images" / name).mkdir(parents=True)
-        for i in range(2):
-            Image.new("RGB", (16, 16), (100 * k + 50 * i,) * 3).save(root / "images" / name / f"{i}.png")
-    path = root / "tiny.yaml"
-    path.write_text(yaml.safe_dump({
-        "devices": ["cpu"], "output_folder": str(root / "runs"),
-        "dataset": {"name": "ImageFolder", "data_folder": str(root / "images"), "img_size": 16},
-        "loader": {"batch_size": 2}, "train_cfg": {"epochs": 3, "num_eval_samples": 1, "keep_last": 2},
-        "model": {"dim": 8, "context_dim": 8, "dim_mults": [1, 2], "attn_levels": [], "timesteps": 10},
-        "sample_cfg": {"steps": 2, "sampler": "ddim"}}))
-    return path
+    return tiny_project(tmp_path_factory.mktemp("claims"), 16, sample_cfg={"steps": 2, "sampler": "ddim"},
+                        train_cfg={"epochs": 3, "num_eval_samples": 1, "keep_last": 2})
 
 
 def until(condition, seconds=20):

@@ -5,10 +5,8 @@ import os
 
 import pytest
 import torch
-import yaml
-from PIL import Image
 
-from scripts import PROJECT, command
+from scripts import PROJECT, command, tiny_project
 
 TRAIN = ("--dry-run", "--set", "devices=[cpu]")
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -19,15 +17,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 def place(tmp_path_factory):
     """A folder with images, a config (tiny.yaml) and a checkpoint (model_final.pth.tar) of a training with it."""
     root = tmp_path_factory.mktemp("hostile")
-    for k, name in enumerate(["cat", "dog"]):
-        (root / "images" / name).mkdir(parents=True)
-        for i in range(2):
-            Image.new("RGB", (20, 20), (100 * k + 50 * i,) * 3).save(root / "images" / name / f"{i}.png")
-    (root / "tiny.yaml").write_text(yaml.safe_dump({
-        "devices": ["cpu"], "output_folder": str(root / "runs"), "loader": {"batch_size": 2},
-        "dataset": {"name": "ImageFolder", "data_folder": str(root / "images"), "img_size": 16},
-        "model": {"dim": 8, "context_dim": 8, "dim_mults": [1, 2], "attn_levels": [], "timesteps": 10},
-        "train_cfg": {"epochs": 1, "num_eval_samples": 1}, "sample_cfg": {"steps": 2}}))
+    tiny_project(root, 20, train_cfg={"epochs": 1, "num_eval_samples": 1}, sample_cfg={"steps": 2})
     trained = command("train.py", "tiny.yaml", "--output", "a", cwd=root)
     assert trained.status == 0, trained.err
     (root / "runs" / "tiny_a" / "model_final.pth.tar").rename(root / "model_final.pth.tar")
