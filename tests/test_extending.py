@@ -18,13 +18,13 @@ from libs.config import CODE
 
 README = (Path(CODE) / "README.md").read_text()
 
-# a rectified flow: x_t = (1 - u) x_0 + u noise, and the network predicts noise - x_0
+# libs/flow.py at its shortest: x_t = (1 - u) x_0 + u noise, and the network predicts noise - x_0
 MODEL = '''
 
 import torch
 
 
-class Flow(Diffusion):
+class Mine(Diffusion):
     def compute_loss(self, x_start, label, t, noise=None, drop=None, encoded=False, return_each=False):
         u = ((t + 0.5) / self.timesteps)[:, None, None, None]
         each = (self.model((1 - u) * x_start + u * noise, label, t) - (noise - x_start)).pow(2).flatten(1).mean(1)
@@ -60,19 +60,19 @@ def code(tmp_path):
     line = re.search(r'"mine": _solver\("mine", \d+\)', README)[0]
     insert(models, "SAMPLERS = {", f"\n    {line},")
     insert(config, '"euler_ancestral", "dpmpp_2m"', ', "mine"')
-    (code / "libs" / "flow.py").write_text("from .diffusion import Diffusion\n" + MODEL)
-    insert(models, "from .edm import EDM\n", "from .flow import Flow\n")
-    insert(models, "\nMODELS = {", '"Flow": Flow, ')
-    insert(models, "DEFAULT_SAMPLER = {", '"Flow": "mine", ')
-    insert(config, 'one_of("DDPM", "EDM"', ', "Flow"')
-    insert(config, "MODEL_SETTINGS = {", '\n    "Flow": {},')
+    (code / "libs" / "mine.py").write_text("from .diffusion import Diffusion\n" + MODEL)
+    insert(models, "from .edm import EDM\n", "from .mine import Mine\n")
+    insert(models, "\nMODELS = {", '"Mine": Mine, ')
+    insert(models, "DEFAULT_SAMPLER = {", '"Mine": "mine", ')
+    insert(config, 'one_of("DDPM", "EDM"', ', "Mine"')
+    insert(config, "MODEL_SETTINGS = {", '\n    "Mine": {},')
     return code
 
 
 def test_a_model_and_a_sampler(code, tmp_path):
     tree(tmp_path / "images", {"": ["cat", "dog"]})
     (tmp_path / "flow.yaml").write_text(yaml.safe_dump({
-        "model_name": "Flow", "devices": ["cpu"], "output_folder": str(tmp_path / "runs"),
+        "model_name": "Mine", "devices": ["cpu"], "output_folder": str(tmp_path / "runs"),
         "dataset": {"name": "ImageFolder", "data_folder": str(tmp_path / "images"), "img_size": 16},
         "loader": {"batch_size": 2}, "train_cfg": {"epochs": 2, "num_eval_samples": 2},
         "model": {"dim": 8, "context_dim": 8, "dim_mults": [1, 2], "attn_levels": [], "timesteps": 10}}))

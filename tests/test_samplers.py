@@ -6,14 +6,14 @@ from torch import nn
 
 from exact import ONE, TWO, ExactNetwork
 from helpers import SMALL
-from libs import EDM, UsageError, network_calls, sampling_settings
+from libs import UsageError, network_calls, sampling_settings
 from libs.common.seeds import image_noise
 from libs.config import complete_config
 from libs.models import MODELS, SAMPLERS, sample_images, samplers_of
 from libs.samplers import SOLVERS, guidance_at, image_generator, karras_sigmas
 
 EACH = pytest.mark.parametrize("kind, sampler", [("DDPM", name) for name in SAMPLERS]
-                               + [("EDM", name) for name in SOLVERS])
+                               + [(kind, name) for kind in ("EDM", "Flow") for name in SOLVERS])
 # with these, every sampler but Euler's adds noise on the way
 OPTIONS = {"ddim": {"eta": 0.7}, "heun": {"S_churn": 5.0}, "dpmpp_2m": {"eta": 0.7}}
 CONFIG = {kind: complete_config({"model_name": kind}) for kind in MODELS}
@@ -27,7 +27,7 @@ def small(kind, **options):
 
 def draw(model, labels, sampler, steps=None, noise=None, generator=None, callback=None, **options):
     """Images, as every script draws them; without clipping where it is not asked for."""
-    kind = "EDM" if isinstance(model, EDM) else "DDPM"
+    kind = next(name for name, kind in MODELS.items() if isinstance(model, kind))
     settings = sampling_settings(model, CONFIG[kind], **{"clip": False, "sampler": sampler, "steps": steps, **options})
     return sample_images(model, labels, settings, noise, generator, callback)
 
@@ -38,6 +38,7 @@ def steps_of(sampler):
 
 def test_samplers_of_each_model():
     assert set(SOLVERS) == {"heun", "euler", "euler_ancestral", "dpmpp_2m"} == set(samplers_of(small("EDM")))
+    assert samplers_of(small("Flow")) == samplers_of(small("EDM"))
     assert set(samplers_of(small("DDPM"))) == {"ddpm", "ddim", *SOLVERS}
     assert samplers_of(small("DDPM", timesteps=1)) == ["ddpm", "ddim"]  # a solver needs more than one noise level
     with pytest.raises(UsageError, match="sampler: ddim cannot draw from this EDM; it has heun, euler"):

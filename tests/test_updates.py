@@ -237,7 +237,7 @@ def test_the_trial_compiles_what_training_calls(monkeypatch):
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("kind, time", [("DDPM", torch.long), ("EDM", torch.float32)])
+@pytest.mark.parametrize("kind, time", [("DDPM", torch.long), ("EDM", torch.float32), ("Flow", torch.float32)])
 def test_graphs_are_recorded_for_what_training_calls(kind, time, monkeypatch):
     seen = []
 

@@ -7,5 +7,6 @@ from .datasets import build_dataloader, build_dataset, describe_dataset
 from .ddim import DDIM
 from .ddpm import DDPM
 from .edm import EDM
+from .flow import Flow
 from .models import build_model, draw_images, load_model, network_calls, sampling_settings
 from .training.update import AverageMeter, ModelEMA

@@ -33,7 +33,7 @@ SETTINGS = {
     # auto: bf16 where the GPU has it, else fp16 with a gradient scaler; fp32 on a CPU
     "dtype": ("auto", one_of("auto", "bf16", "fp16", "fp32")),
     "seed": (0, integer(0, 2 ** 32 - 1)),
-    "model_name": ("DDPM", one_of("DDPM", "EDM")),
+    "model_name": ("DDPM", one_of("DDPM", "EDM", "Flow")),
     "output_folder": ("../logs", text()),
 
     "dataset.name": ("MNIST", one_of(*KNOWN)),
@@ -94,13 +94,13 @@ SETTINGS = {
     "eval.features": (None, optional(one_of("classifier", "inception", "autoencoder"))),
 
     # how images are drawn; null takes the sampler's default. DDPM has ddpm (all timesteps) and ddim; every model has
-    # heun (EDM's default), euler, euler_ancestral and dpmpp_2m
+    # heun (the default of EDM and Flow), euler, euler_ancestral and dpmpp_2m
     "sample_cfg.sampler": (None, optional(one_of("ddpm", "ddim", "heun", "euler", "euler_ancestral", "dpmpp_2m"))),
     "sample_cfg.steps": (None, optional(integer(1, 10 ** 4))),
     "sample_cfg.guidance_scale": (1.0, number(0)),                # other than 1 needs model.label_dropout
     # [sigma_lo, sigma_hi]: guide only at these noise levels; null: at all
     "sample_cfg.guidance_interval": (None, optional(list_of(number(0), 2))),
-    # keep predicted pixels in [-1, 1]; null: true for a DDPM in pixels, except with ddpm; false for EDM
+    # keep predicted pixels in [-1, 1]; null: true for a DDPM in pixels, except with ddpm; else false
     "sample_cfg.clip": (None, optional(boolean())),
     "sample_cfg.eta": (None, optional(number(0, 1))),             # fresh noise in each step: ddim, euler_ancestral, dpmpp_2m
     "sample_cfg.spacing": (None, optional(one_of("uniform", "quadratic"))),  # of ddim's timesteps
@@ -122,6 +122,9 @@ MODEL_SETTINGS = {
         "model.rho": (7.0, number(0.1, 1000)),
     },
 }
+# training draws the logit of Flow's time as it draws EDM's ln(sigma), about another mean
+MODEL_SETTINGS["Flow"] = {key: value for key, value in MODEL_SETTINGS["EDM"].items() if key != "model.sigma_data"} | {
+    "model.P_mean": (0.0, number(-100, 100)), "model.P_std": (1.0, number(1e-6, 100))}
 
 RULES = {key: rule for table in (SETTINGS, *MODEL_SETTINGS.values()) for key, (_, rule) in table.items()}
 PATHS = ("output_folder", "dataset.data_folder", "model.vae_encoder_weights", "model.vae_decoder_weights")
@@ -234,9 +237,9 @@ def merge(config, given, rules=RULES, prefix=""):
 
 
 def _hint(key, full, config, prefix, rules):
-    owner = next((name for name, table in MODEL_SETTINGS.items() if full in table), None)
-    if owner:
-        return f"; it belongs to model_name {owner}"
+    owners = [name for name, table in MODEL_SETTINGS.items() if full in table]
+    if owners:
+        return f"; it belongs to model_name {' and '.join(owners)}"
     near = nearest_word(key, config)
     if near:
         return f"; did you mean {prefix}{near}?"

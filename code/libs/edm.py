@@ -4,12 +4,10 @@ The same UNet as DDPM's, preconditioned so that its input and its target have un
 level, and weighted so that each counts alike. Equation and table numbers are of arXiv 2206.00364.
 """
 
-import math
-
 import torch
 
-from .common.errors import UsageError
 from .diffusion import Diffusion
+from .samplers import trained_range
 
 
 class EDM(Diffusion):
@@ -19,14 +17,11 @@ class EDM(Diffusion):
         sigma_data: standard deviation of the data; None starts at the paper's 0.5, and `train.py`
             measures it (`set_sigma_data`). A buffer, kept with the weights.
         P_mean, P_std: training draws ln(sigma) from N(P_mean, P_std^2); Table 1.
-        sigma_min, sigma_max, rho: the sampler's noise levels, eq. 5, cut to e^(P_mean +- TAIL P_std), beyond which
-            training draws almost nothing.
+        sigma_min, sigma_max, rho: the sampler's noise levels, eq. 5, cut to those that training draws (`trained_range`).
 
     The log-normal is divided into `timesteps` equally likely strata: t = 0 is the lowest, as in DDPM, so that both take
     the same arguments and the same plots. Training draws the place inside a stratum too, so every level occurs.
     """
-
-    TAIL = 3.5  # in units of P_std: one of two thousand of training's levels lies beyond, above or below
 
     def __init__(self, img_shape=(3, 32, 32), timesteps=1000, dim=64, context_dim=64, num_classes=10,
                  dim_mults=(1, 2, 4), attn_levels=(0, 1), use_vae=False, vae_encoder_weights=None,
@@ -40,11 +35,7 @@ class EDM(Diffusion):
         u = (torch.arange(timesteps, dtype=torch.float64) + 0.5) / timesteps
         self.register_buffer("sigmas", torch.exp(P_mean + P_std * torch.special.ndtri(u)).float())
         self.P_mean, self.P_std = P_mean, P_std
-        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
-        low, high, _ = self.sigma_range
-        if low >= high:
-            raise UsageError(f"model.sigma_min is {sigma_min} and model.sigma_max {sigma_max}; between them must be "
-                             f"levels that training draws, around e^{P_mean}")
+        self._sigma_range = *trained_range(P_mean, P_std, sigma_min, sigma_max), rho
 
     def set_sigma_data(self, std):
         """Set sigma_data to the data's measured standard deviation, unless the config gave one."""
@@ -109,8 +100,7 @@ class EDM(Diffusion):
 
     @property
     def sigma_range(self):
-        low, high = (math.exp(self.P_mean + self.P_std * z) for z in (-self.TAIL, self.TAIL))
-        return max(self.sigma_min, low), min(self.sigma_max, high), self.rho
+        return self._sigma_range
 
     def p_sample_loop(self, labels, **options):
         """Draw one image per label by Heun's method, Algorithm 1: B -> B x C x H x W in [0, 1]. Options: of `sample`."""

@@ -15,10 +15,11 @@ from .ddim import DDIM, ddim_timesteps
 from .ddpm import DDPM
 from .diffusion import Diffusion
 from .edm import EDM
+from .flow import Flow
 from .samplers import SOLVERS, guidance_at, image_generator, karras_sigmas
 
-MODELS = {"DDPM": DDPM, "EDM": EDM}
-DEFAULT_SAMPLER = {"DDPM": "ddim", "EDM": "heun"}
+MODELS = {"DDPM": DDPM, "EDM": EDM, "Flow": Flow}
+DEFAULT_SAMPLER = {"DDPM": "ddim", "EDM": "heun", "Flow": "heun"}
 GRID_SAMPLER = {"DDPM": "ddpm"}  # of training's grids, where another: the handout's p_sample_loop
 GUIDANCE = ("guidance_scale", "guidance_interval", "clip")  # settings that every sampler has, beside "steps"
 COMMON_SETTINGS = ("steps", *GUIDANCE)

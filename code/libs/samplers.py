@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from .common.errors import UsageError
 from .common.seeds import image_noise
 
 
@@ -46,6 +47,19 @@ def karras_sigmas(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     lo, hi = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigmas = (hi + i / max(steps - 1, 1) * (lo - hi)) ** rho
     return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def trained_range(P_mean, P_std, sigma_min, sigma_max, tail=3.5):
+    """(sigma_min, sigma_max), cut to the levels that training draws where ln(sigma) is from N(P_mean, P_std^2).
+
+    tail: in units of P_std; one of two thousand levels lies beyond 3.5, above or below. Raises UsageError where nothing
+    is left.
+    """
+    low, high = max(sigma_min, math.exp(P_mean - tail * P_std)), min(sigma_max, math.exp(P_mean + tail * P_std))
+    if low >= high:
+        raise UsageError(f"model.sigma_min is {sigma_min} and model.sigma_max {sigma_max}; between them must be "
+                         f"levels that training draws, around e^{P_mean}")
+    return low, high
 
 
 def _steps(sigmas):
