@@ -20,7 +20,7 @@ from libs.common.cli import Parser, positive, progress_bar, run
 from libs.common.errors import UsageError, display_path, shown
 from libs.config import parse_setting
 from libs.evaluation.classifier import file_hash
-from libs.evaluation.comparison import Results, draw_samples, grouped, markdown_table, mean, means
+from libs.evaluation.comparison import Results, draw_samples, grouped, kind_name, markdown_table, mean, means
 from libs.evaluation.report import (FLOORS, RealImages, denoising_error, distances_to_all, evaluate, labels_like,
                                     scalars)
 from libs.models import check_images, model_from, network_calls, sampling_settings
@@ -28,12 +28,13 @@ from libs.training.device import memory_format, pick_device
 
 SIGMAS = [0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0]  # where latents have a deviation of about 1
 # title -> (key of a row, function that prints its numbers)
+ACCURACY = {"label accuracy": ("label_accuracy", lambda x: f"{100 * x:.2f} %")}
+FLOOR = {"floors": ("floors", "{:.1f}".format)}
 BOTH = {"precision": ("precision", "{:.3f}".format), "recall": ("recall", "{:.3f}".format),
         "seconds for 1,000 images": ("seconds_per_1000", "{:.1f}".format)}
-SAMPLER_COLUMNS = {"label accuracy": ("label_accuracy", lambda x: f"{100 * x:.2f} %"),
-                   "FD": ("fd_train", "{:.3f}".format), "floors": ("floors", "{:.1f}".format), **BOTH}
-RUN_COLUMNS = {"FD to held-out images": ("fd_test", "{:.4g}".format),
-               "FD to training images": ("fd_train", "{:.4g}".format), **BOTH}
+SAMPLER_COLUMNS = ACCURACY | {"FD": ("fd_train", "{:.3f}".format)} | FLOOR | BOTH
+RUN_COLUMNS = ACCURACY | {"FD to held-out images": ("fd_test", "{:.4g}".format)} | FLOOR | {
+    "FD to training images": ("fd_train", "{:.4g}".format)} | BOTH
 # settings in which runs of one kind may differ and still be repetitions of each other, maybe on other machines
 FREE = {"seed", "devices", "dtype", "output_folder", "sample_cfg", "eval", "dataset.data_folder", "loader.num_workers",
         "train_cfg.compile", "train_cfg.cuda_graphs", "train_cfg.keep_last", "train_cfg.num_eval_samples",
@@ -184,7 +185,9 @@ def compare_runs(args):
                 with progress_bar(args.num, "image", f"{setting['sampler']}, {calls} calls") as bar:
                     samples, seconds = draw_samples(model, setting, labels, args.seed, args.batch_size, device,
                                                     bar.update)
-                results.add("rows", {**row, "way": setting, "network_calls": calls, **distances_to_all(samples, real),
+                numbers = distances_to_all(samples, real)
+                numbers["floors"] = numbers["fd_test"] / facts["floor"]
+                results.add("rows", {**row, "way": setting, "network_calls": calls, **numbers,
                                      "seconds_per_1000": seconds}, **facts)
         model.to("cpu")
     print(results.text())
@@ -248,13 +251,14 @@ def run_tables(content):
                f"Mean (± standard deviation) over the runs of a kind; {content['device']}, PyTorch {content['torch']}")
         yield ""
         lines = []
+        columns = {title: column for title, column in RUN_COLUMNS.items() if any(column[0] in r for r in content["rows"])}
         for group in grouped(content["rows"], *kind, "way"):
             first = group[0]
             way = ", ".join(str(v) if k in ("sampler", "steps") else f"{k} {v}" for k, v in first["way"].items())
             lines.append([kind_name(first, content), f"{first['parameters']:,}", f"{first['images_seen']:,}",
-                          len(group), way, first["network_calls"], *means(group, RUN_COLUMNS)])
+                          len(group), way, first["network_calls"], *means(group, columns)])
         yield from markdown_table(["kind", "parameters", "images seen", "runs", "sampler", "network calls",
-                                   *RUN_COLUMNS], lines)
+                                   *columns], lines)
         yield ""
     yield "Mean squared error of denoised latents (or pixels), by noise level sigma, mean (± deviation) over the runs:"
     yield ""
@@ -264,12 +268,6 @@ def run_tables(content):
     yield from markdown_table(["sigma", *columns], (
         [f"{sigma:g}", *(mean([row[split][k] for row in group], "{:.4f}".format) for group, split in columns.values())]
         for k, sigma in enumerate(content["sigmas"])))
-
-
-def kind_name(row, content):
-    """A row's kind, with the hash of its settings where runs of other settings have the same kind."""
-    hashes = {other["settings"] for other in content["errors"] if other["kind"] == row["kind"]}
-    return row["kind"] + (f" ({row['settings']})" if len(hashes) > 1 else "")
 
 
 def main(argv=None):

@@ -1,4 +1,4 @@
-"""Figures of a training run, or of a comparison of samplers: PDFs that can be read in grey, and their numbers as CSV.
+"""Figures of a training run, or of a table of compare.py: PDFs that can be read in grey, and their numbers as CSV.
 
 python code/plot_results.py RUN                                 into the run's folder, figures/
 python code/plot_results.py RUN --output results/mine
@@ -24,6 +24,7 @@ from libs.common.files import atomic_file
 from libs.common.pictures import CAPTION
 from libs.config import check_value, read_yaml
 from libs.data.folders import open_image
+from libs.evaluation.comparison import kind_name
 from libs.training.autoencoder import GRID_ROW
 from libs.training.autoencoder import NAME as AUTOENCODER
 
@@ -35,7 +36,7 @@ LOSS = {"training loss": "train/loss", "learning rate": "train/lr", "gradient no
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("source", help="a run folder, or a JSON file of compare.py samplers")
+    parser.add_argument("source", help="a run folder, or a JSON file of compare.py")
     parser.add_argument("--output", default=None, metavar="FOLDER", help="where the figures go (default: see above)")
     parser.add_argument("--epochs", type=positive, default=6, metavar="N", help="grids side by side (default 6)")
     parser.add_argument("--columns", type=positive, default=3, metavar="N", help="columns of each of them (default 3)")
@@ -169,18 +170,21 @@ def plot_loss_by_time(curves, batch_size):
 
 
 def plot_samplers(results):
-    """Frechet distance over network calls: a line for each model and sampler, mean and deviation over the seeds.
+    """Frechet distance over network calls: a line for each model, or kind of runs, and sampler, mean and deviation over
+    the seeds.
 
-    results: the content of a JSON file of `compare.py samplers`.
+    results: the content of a JSON file of compare.py.
     """
-    rows = [({"model": os.path.basename(row["model"]).split(".")[0], "hash": row["hash"], **row["way"]},
-             row["network_calls"], row["fd_train"]) for row in results["rows"]]
+    runs = "errors" in results
+    rows = [({"kind": kind_name(row, results), **row["way"]} if runs else
+             {"model": os.path.basename(row["model"]).split(".")[0], "hash": row["hash"], **row["way"]},
+             row["network_calls"], row["fd_test" if runs else "fd_train"]) for row in results["rows"]]
     # a line is named by those of its settings that are not the same in all rows
     keys = [key for key in dict.fromkeys(key for settings, _, _ in rows for key in settings)
             if key != "steps" and len({str(settings.get(key)) for settings, _, _ in rows}) > 1]
     lines = {}  # name -> network calls -> distances
     for settings, calls, distance in rows:
-        name = ", ".join(str(settings[key]) if key in ("model", "hash", "sampler") else f"{key} {settings[key]}"
+        name = ", ".join(str(settings[key]) if key in ("model", "hash", "kind", "sampler") else f"{key} {settings[key]}"
                          for key in keys if key in settings) or settings["sampler"]
         lines.setdefault(name, {}).setdefault(calls, []).append(distance)
 
@@ -194,7 +198,7 @@ def plot_samplers(results):
     axis.axhline(results["floor"], color="0.7", linewidth=0.8, label="real test images")
     log_scale(axis.xaxis)
     axis.set_xlabel("network calls an image")
-    axis.set_ylabel(f"{results['metric']}, n = {results['n']:,}")
+    axis.set_ylabel(f"{results['metric']}, n = {results['num' if runs else 'n']:,}")
     axis.legend()
     return figure
 
@@ -211,7 +215,7 @@ def run_figures(folder, epochs, columns):
 
 
 def comparison_figures(path):
-    """The same for a JSON file of `compare.py samplers`."""
+    """The same for a JSON file of compare.py."""
     name = os.path.splitext(os.path.basename(path))[0] + ".pdf"
     try:
         with open(path, encoding="utf-8") as f:
@@ -219,7 +223,7 @@ def comparison_figures(path):
     except UsageError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        raise UsageError(f"{path} is no file of compare.py samplers") from None
+        raise UsageError(f"{path} is no file of compare.py") from None
 
 
 def write(path, content):

@@ -207,7 +207,7 @@ def test_a_foreign_output_is_noticed_before_the_features(place, changes, words):
 def test_plot_results_of_anything(place):
     for text in ("[" * 100_000, '{"rows": 5, "n": 1, "floor": 1}', '{"rows": [], "n": 1, "floor": null}', "[]"):
         (place / "r.json").write_text(text)
-        refused(place, "plot_results.py", "r.json", words=["r.json is no file of compare.py samplers"])
+        refused(place, "plot_results.py", "r.json", words=["r.json is no file of compare.py"])
     for text in (BOMB, "loader: {batch_size: x}\nmodel_name: DDPM\ntrain_cfg: {num_eval_samples: 0}"):
         (place / "run").mkdir(exist_ok=True)
         (place / "run" / "config.txt").write_text(text)

@@ -107,6 +107,22 @@ def test_a_comparison_of_samplers():
     assert lines(axis)["real test images"][1] == [0.4, 0.4]
 
 
+def test_a_comparison_of_runs():
+    """A line for each kind and setting, over network calls; the settings' hash only where a kind has several."""
+    def row(kind, settings, calls, fd, sampler="euler"):
+        return {"kind": kind, "settings": settings, "network_calls": calls, "fd_test": fd, "fd_train": 9.0,
+                "way": {"sampler": sampler, "steps": calls}}
+
+    rows = [row("EDM", "a", 5, 0.3), row("EDM", "b", 5, 0.5), row("Flow", "c", 5, 0.2), row("Flow", "c", 5, 0.4),
+            row("Flow", "c", 10, 0.1)]
+    axis, = plot_results.plot_samplers({"metric": "FD (classifier)", "num": 2000, "floor": 0.05, "rows": rows,
+                                        "errors": [row("EDM", "a", 0, 0), row("EDM", "b", 0, 0), row("Flow", "c", 0, 0)]}).axes
+    found = {bars.get_label(): (list(bars.lines[0].get_xdata()), list(bars.lines[0].get_ydata()))
+             for bars in axis.containers}
+    assert found == {"EDM (a)": ([5], [0.3]), "EDM (b)": ([5], [0.5]), "Flow": ([5, 10], [pytest.approx(0.3), 0.1])}
+    assert axis.get_ylabel() == "FD (classifier), n = 2,000" and axis.get_xscale() == "log"
+
+
 def test_a_shipped_comparison(tmp_path):
     source = Path(CODE).parent / "results/mnist_cpu/samplers.json"
     plot_results.main([str(source), "--output", str(tmp_path)])

@@ -86,6 +86,12 @@ def grouped(rows, *keys):
     return list(groups.values())
 
 
+def kind_name(row, content):
+    """A row's kind, with the hash of its settings where runs of other settings have the same kind."""
+    hashes = {other["settings"] for other in content["errors"] if other["kind"] == row["kind"]}
+    return row["kind"] + (f" ({row['settings']})" if len(hashes) > 1 else "")
+
+
 def mean(values, form):
     """ "mean (± standard deviation)" of numbers, each printed by the function `form`; "-" for none."""
     if not values:

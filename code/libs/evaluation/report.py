@@ -167,14 +167,16 @@ def evaluate(generated, real, memorization=True):
 def distances_to_all(generated, real):
     """The distances of one set of generated images to *all* training and test images, whatever its size.
 
-    Returns name -> number: `fd_train`, `fd_test`; `precision` and `recall` with as many training images. The floors of
-    `fd_test` are `real.floors_to_all`.
+    Returns name -> number: `fd_train`, `fd_test`; `precision` and `recall` with as many training images; where the
+    features are of a classifier of these classes, `label_accuracy`. The floors of `fd_test` are `real.floors_to_all`.
     """
     features = extract_features(real.extractor, generated.batches())
     gaussian = fit_gaussian(features)
     numbers = {f"fd_{split}": frechet_distance(gaussian, real.gaussians[split]) for split in ("train", "test")}
     n = min(len(features), len(real.train))
     numbers["precision"], numbers["recall"] = precision_recall(real.subset("train", n), features[:n])
+    if getattr(real.extractor, "classes", None) == list(real.train.classes):
+        numbers["label_accuracy"] = _label_accuracy(real.extractor, features, generated.labels)["label_accuracy"]
     return numbers
 
 
