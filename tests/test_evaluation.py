@@ -111,6 +111,9 @@ def test_distances_to_all_real_images():
     for split in ("train", "test"):
         assert found[f"fd_{split}"] == pytest.approx(frechet_distance(fit_gaussian(features), REAL.gaussians[split]))
     assert (found["precision"], found["recall"]) == precision_recall(REAL.subset("train", 100), features)
+    wrong = ImageSet(drawn.images, drawn.labels.clone(), drawn.classes)
+    wrong.labels[:7] = 1 - wrong.labels[:7]
+    assert (found["label_accuracy"], distances_to_all(wrong, REAL)["label_accuracy"]) == (1, 0.93)
     draws = [REAL.features["train"][REAL.like_test("train", 100, draw)] for draw in range(5)]
     floors = [frechet_distance(fit_gaussian(features), REAL.gaussians["test"]) for features in draws]
     assert REAL.floors_to_all(100) == {"floor": pytest.approx(sum(floors) / 5)}  # digits have no other views
