@@ -57,18 +57,26 @@ class Lucidrains(OtherUNet):
     """denoising-diffusion-pytorch's Unet: no labels; fused attention on our levels, on the others its linear one."""
 
     package = "denoising-diffusion-pytorch"
+    our_levels = True
 
     def __init__(self, model, channels, width):
         super().__init__(model, channels)
         from denoising_diffusion_pytorch import Unet
         self.net = Unet(width, dim_mults=tuple(model["dim_mults"]), channels=self.channels,
-                        full_attn=tuple(self.attention), flash_attn=True)
+                        full_attn=tuple(self.attention) if self.our_levels else None, flash_attn=True)
 
     def predict(self, x, label, time):
         return self.net(x, time)
 
 
-OTHERS = {"lucidrains": Lucidrains, "diffusers": Diffusers, "diffusers, one block a level": DiffusersOneBlock}
+class LucidrainsAsItComes(Lucidrains):
+    """As its README builds it: fused attention on the innermost level alone, wherever ours is."""
+
+    our_levels = False
+
+
+OTHERS = {"lucidrains": Lucidrains, "lucidrains, as it comes": LucidrainsAsItComes,
+          "diffusers": Diffusers, "diffusers, one block a level": DiffusersOneBlock}
 
 
 def parameters(network):
