@@ -55,12 +55,7 @@ class AverageMeter:
 
     @property
     def avg(self):
-        return self.average()
-
-    def average(self, total=lambda *tensors: tensors):
-        """`avg`; over all processes with World.total."""
-        total_sum, count = total(self.sum, self.count)
-        return float(total_sum) / max(float(count), 1)
+        return float(self.sum) / max(float(self.count), 1)
 
 
 class TenthsMeter:
@@ -72,14 +67,14 @@ class TenthsMeter:
         self.count = torch.zeros(10, device=device)
 
     def update(self, losses, t):
-        tenth, finite = t.long() * 10 // self.timesteps, losses.isfinite()
-        self.sum.index_add_(0, tenth, losses.where(finite, 0).float())
-        self.count.index_add_(0, tenth, finite.float())
+        tenth = t.long() * 10 // self.timesteps
+        self.sum.index_add_(0, tenth, losses.nan_to_num(0, 0, 0).float())
+        self.count.index_add_(0, tenth, losses.isfinite().float())
 
     def read(self, total=lambda *tensors: tensors):
-        """Ten averages, NaN where there was no image; then start again. total: see World.total."""
+        """Ten averages, a tensor, NaN where there was no image; then start again. total: see World.total."""
         losses, count = total(self.sum, self.count)
-        averages = (losses / count).tolist()
+        averages = losses / count
         self.sum.zero_()
         self.count.zero_()
         return averages
@@ -143,12 +138,11 @@ class Trainer:
         self.longest = torch.maximum(self.longest, self.in_a_row)
         return norm, finite
 
-    def check(self, last_checkpoint):
-        """Raise RunError after LIMIT updates in a row that were left out. On a GPU now and then, as it waits for it."""
-        if self.device.type == "cuda" and self.step % self.LIMIT:
-            return
-        if self.longest >= self.LIMIT:
-            raise RunError(f"the loss or its gradient was not finite in {int(self.longest)} updates in a row, up to "
+    def check(self, last_checkpoint, longest=None):
+        """Raise RunError after LIMIT updates in a row that were left out. longest: what `.longest` holds, if it was read."""
+        longest = int(self.longest if longest is None else longest)
+        if longest >= self.LIMIT:
+            raise RunError(f"the loss or its gradient was not finite in {longest} updates in a row, up to "
                            f"update {self.step}; " + (f"resume from {last_checkpoint}" if last_checkpoint else
                                                       "start again") + " with a lower train_cfg.lr")
 
