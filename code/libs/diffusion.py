@@ -106,7 +106,7 @@ class Diffusion(nn.Module):
         """Labels with those in `drop` replaced by "no label", for classifier-free guidance (Ho & Salimans 2022)."""
         if drop is None:
             drop = torch.rand(label.shape, device=label.device) < self.label_dropout * self.training
-        return label.masked_fill(drop, self.num_classes)
+        return torch.where(drop, self.num_classes, label)
 
     # ---- the denoiser
 

@@ -27,8 +27,8 @@ def fits(num_bytes, device, what):
     """Whether data, `what`, fill at most half of what is free on `device`. A line says so where they do not."""
     if num_bytes <= available_memory(device) // 2:
         return True
-    print(f"{what} need {num_bytes / 2 ** 30:.1f} GiB, more than half of what is free on {device}: they stay on the host",
-          flush=True)
+    print(f"{what} need {num_bytes / 2 ** 30:.1f} GiB, more than half of what is free on {device}: they stay on the "
+          "host")
     return False
 
 

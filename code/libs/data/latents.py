@@ -41,7 +41,7 @@ class LatentDataset:
 
     def to(self, device):
         """Move the latents to a GPU, if they fill at most half of it, so that batches are made there."""
-        if torch.device(device).type != "cpu" and fits(self.latents.nbytes, device, f"the latents of {len(self)} images"):
+        if torch.device(device).type != "cpu" and fits(self.latents.nbytes, device, f"latents of {len(self)} images"):
             self.latents, self.labels = _read(self.latents, device), self.labels.to(device)
         return self
 

@@ -21,7 +21,7 @@ from ..common.errors import RunError, UsageError, display_path, first_line
 from ..common.files import atomic_file
 from ..config import portable
 from ..models import GRID_SAMPLER, network_calls, sample_grid, sampling_settings
-from .device import eager, peak_memory
+from .device import eager, fast_sampling, peak_memory
 from .update import AverageMeter, TenthsMeter
 
 try:
@@ -178,12 +178,13 @@ class RunFolder:
         settings = sampling_settings(trainer.model, config, sampler=sampler)
         name = f"sample-{trainer.epoch - 1}.png"
         watch = _GridWatch(self, signals)
-        grid = sample_grid(trainer.ema.module, config, settings, trainer.device, watch)
+        with fast_sampling(trainer.ema.module, trainer.device, trainer.precision):
+            grid = sample_grid(trainer.ema.module, config, settings, trainer.device, watch)
         with atomic_file(os.path.join(self.path, name)) as f:
             save_image(grid, f, "png")
         self.record("add_image", "samples/ema", grid, trainer.step)
         if trainer.device.type == "cuda" or network_calls(trainer.model, settings) <= CHEAP_GRID:
-            with eager(trainer.model):
+            with eager(trainer.model), fast_sampling(trainer.model, trainer.device, trainer.precision):
                 raw = sample_grid(trainer.model, config, settings, trainer.device, watch)
             self.record("add_image", "samples/raw", raw, trainer.step)
         self.print(f"epoch {trainer.epoch}: saved {display_path(self.last_checkpoint)} and {name} (files count from 0)")

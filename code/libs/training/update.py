@@ -67,9 +67,9 @@ class TenthsMeter:
         self.count = torch.zeros(10, device=device)
 
     def update(self, losses, t):
-        tenth = t.long() * 10 // self.timesteps
-        self.sum.index_add_(0, tenth, losses.nan_to_num(0, 0, 0).float())
-        self.count.index_add_(0, tenth, losses.isfinite().float())
+        tenth, finite = t.long() * 10 // self.timesteps, losses.isfinite()
+        self.sum.index_add_(0, tenth, losses.where(finite, 0).float())
+        self.count.index_add_(0, tenth, finite.float())
 
     def read(self, total=lambda *tensors: tensors):
         """Ten averages, a tensor, NaN where there was no image; then start again. total: see World.total."""
@@ -107,7 +107,9 @@ class Trainer:
         self.ema = ModelEMA(model, cfg["ema_decay"])
         self.optimizer = build_optimizer(model.model, cfg, device, is_hidden)
         self.parameters = [p for p in model.model.parameters() if p.requires_grad]
-        self.fp16 = precision == torch.float16
+        self.precision, self.fp16 = precision, precision == torch.float16
+        if device.type == "cuda" and precision:  # what autocast leaves in fp32, above all Muon's products, in TF32
+            torch.set_float32_matmul_precision("high")
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 16 if self.fp16 else 1.0,
                                            enabled=device.type != "mps")
         self.skipped, self.in_a_row, self.longest = torch.zeros(3, dtype=torch.long, device=device)
@@ -139,7 +141,7 @@ class Trainer:
         return norm, finite
 
     def check(self, last_checkpoint, longest=None):
-        """Raise RunError after LIMIT updates in a row that were left out. longest: what `.longest` holds, if it was read."""
+        """Raise RunError after LIMIT updates in a row that were left out. longest: what `.longest` holds, if read."""
         longest = int(self.longest if longest is None else longest)
         if longest >= self.LIMIT:
             raise RunError(f"the loss or its gradient was not finite in {longest} updates in a row, up to "
