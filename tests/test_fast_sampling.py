@@ -54,7 +54,7 @@ def test_bf16_is_close_and_for_the_network_alone(kind):
 
 
 class Graph:
-    """In place of torch.cuda.CUDAGraph: a replay computes the output anew, from and into the memory of the recording."""
+    """In place of torch.cuda.CUDAGraph: a replay computes anew, from and into the memory of the recording."""
 
     made, recording = [], None
 
@@ -139,8 +139,8 @@ def test_where_graphs_fail_one_line_says_so(graphs, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "graph", broken)
     with fast_sampling(model, CUDA, None):
         assert torch.equal(draw(model), wanted)
-    assert capsys.readouterr().out == ("network: CUDA graphs do not work here, drawing without (operation not permitted)"
-                                       "\n")
+    said = "network: CUDA graphs do not work here, drawing without (operation not permitted)\n"
+    assert capsys.readouterr().out == said
 
 
 # ---- the scripts

@@ -72,7 +72,8 @@ def data_set(kind):
 
 
 @pytest.mark.parametrize("kind, optimizer, data, precision", [
-    ("DDPM", "adamw", "on the GPU", None), ("EDM", "muon", "on the host", None), ("Flow", "muon", "latents", torch.float16)])
+    ("DDPM", "adamw", "on the GPU", None), ("EDM", "muon", "on the host", None),
+    ("Flow", "muon", "latents", torch.float16)])
 def test_training_waits_once_a_line(kind, optimizer, data, precision, monkeypatch):
     settings = config.defaults_of(config.SETTINGS)
     cfg = settings["train_cfg"] | {"optimizer": optimizer, "accumulate": 2}
