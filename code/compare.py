@@ -24,7 +24,7 @@ from libs.evaluation.comparison import Results, draw_samples, grouped, kind_name
 from libs.evaluation.report import (FLOORS, RealImages, denoising_error, distances_to_all, evaluate, labels_like,
                                     scalars)
 from libs.models import check_images, model_from, network_calls, sampling_settings
-from libs.training.device import memory_format, pick_device
+from libs.training.device import fast_sampling, memory_format, pick_device, pick_precision
 
 SIGMAS = [0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0]  # where latents have a deviation of about 1
 # title -> (key of a row, function that prints its numbers)
@@ -111,7 +111,8 @@ def compare_samplers(args):
     labels = labels_like(real.test.labels, model.num_classes, args.num)
 
     # 3. a row for each
-    with progress_bar(calls, "call", unit_scale=True, smoothing=0) as bar:
+    with (fast_sampling(model, device, pick_precision(trained.config["dtype"], device)),
+          progress_bar(calls, "call", unit_scale=True, smoothing=0) as bar):
         for seed, setting in todo:
             cost = network_calls(model, setting)
             samples, seconds = draw_samples(model, setting, labels, seed, args.batch_size, device,
@@ -172,6 +173,7 @@ def compare_runs(args):
     # 2. errors and samples of each run, those that the file does not have
     for trained, settings in jobs:
         model = trained.model.to(device, memory_format=memory_format(device))
+        precision = pick_precision(trained.config["dtype"], device)
         row = description(trained, len(real.train))
         for known in results.content["errors"]:
             if known["hash"] == trained.hash:  # as it was described then, so that its rows stay together
@@ -182,7 +184,8 @@ def compare_runs(args):
         for setting in settings:
             if not results.has("rows", hash=trained.hash, way=setting):
                 calls = network_calls(model, setting)
-                with progress_bar(args.num, "image", f"{setting['sampler']}, {calls} calls") as bar:
+                with (fast_sampling(model, device, precision),
+                      progress_bar(args.num, "image", f"{setting['sampler']}, {calls} calls") as bar):
                     samples, seconds = draw_samples(model, setting, labels, args.seed, args.batch_size, device,
                                                     bar.update)
                 numbers = distances_to_all(samples, real)

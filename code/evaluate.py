@@ -24,7 +24,7 @@ from libs.evaluation import EXTRACTORS, RealImages, evaluate, labels_like, scala
 from libs.evaluation.comparison import draw_samples
 from libs.evaluation.memorization import LEAST
 from libs.models import check_images, model_from, network_calls, sampling_settings
-from libs.training.device import memory_format, pick_device
+from libs.training.device import fast_sampling, memory_format, pick_device, pick_precision
 
 
 def parse_args(argv=None):
@@ -98,7 +98,8 @@ def main(argv=None):
         model.to(device, memory_format=memory_format(device))
         print(f"drawing {len(labels):,} images: " + ", ".join(f"{k} {v}" for k, v in settings.items())
               + f", seed {args.seed}: {network_calls(model, settings)} network calls an image", flush=True)
-        with progress_bar(len(labels), "image") as bar:
+        with (fast_sampling(model, device, pick_precision(config["dtype"], device)),
+              progress_bar(len(labels), "image") as bar):
             images, _ = draw_samples(model, settings, model_labels, args.seed, args.batch_size, device, bar.update)
         images = ImageSet(images.images, labels, real.train.classes)
         figures |= {"step": state.get("step", 0), **settings, "network_calls": network_calls(model, settings),

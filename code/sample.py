@@ -17,7 +17,7 @@ from libs.config import add_sampler_flags, load_config, sampler_flags
 from libs.common.pictures import folder_names, grid, write_folder, write_png
 from libs.data.images import to_uint8, write_npz
 from libs.models import check_images, draw_images, model_from, network_calls, sampling_settings
-from libs.training.device import memory_format, pick_device
+from libs.training.device import fast_sampling, memory_format, pick_device, pick_precision
 
 BAR = "{percentage:3.0f} %|{bar}| {elapsed}, {remaining} left"
 
@@ -85,7 +85,8 @@ def main(argv=None):
     # ---- 3. Draw
     started = time.time()
     model.to(device, memory_format=memory_format(device))
-    with tqdm(total=calls * len(labels), bar_format=BAR, disable=None) as bar:
+    with (fast_sampling(model, device, pick_precision(config["dtype"], device)),
+          tqdm(total=calls * len(labels), bar_format=BAR, disable=None) as bar):
         batches = draw_images(model, labels, settings, args.seed, args.batch_size, device,
                               lambda step, steps, x: bar.update(calls / steps * len(x)))
         images = torch.cat([to_uint8(batch) for batch in batches])

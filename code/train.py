@@ -14,6 +14,7 @@ import libs
 from libs.common.checkpoint import set_aside_later
 from libs.common.cli import Parser, add_training_flags, run
 from libs.common.errors import UsageError, display_path
+from libs.common.memory import send
 from libs.common.seeds import seed_everything, seeded_generator
 from libs.data.latents import cached_latents
 from libs.models import check_autoencoder
@@ -78,7 +79,7 @@ def train(args, world, claim):
     dataset.to(device)
     measure_data(model, dataset, device, report=report)
     if config["model"]["use_vae"] and data["latent_crops"]:
-        loader.dataset = dataset = cached_latents(model, dataset, data, device, report)
+        loader.dataset = dataset = cached_latents(model, dataset, data, device, report).to(device)
     world.one_after_the_other(done=True)
 
     # ---- 4. Optimizer and averages; resume
@@ -139,7 +140,7 @@ def train_one_epoch(compute_loss, trainer, loader, log, n, seed, precision, stop
     for images, labels in loader.epoch(trainer.epoch, trainer.batch):
         if stopped():
             return
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images, labels = send(images, device), send(labels, device)
 
         # lines 2 to 4: x_0 (B x C x H x W), t (B) and the noise (B x C x H x W), here of this process's part of the batch
         t, noise, drop = (x[loader.part] for x in draw(model, seed, trainer.step, loader.batch_size, device))

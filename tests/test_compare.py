@@ -17,6 +17,7 @@ from libs.evaluation.comparison import Results
 from libs.evaluation.fid import fit_gaussian, frechet_distance
 from libs.evaluation.report import RealImages, denoising_error, evaluate, labels_like
 from libs.models import draw_images, load_model, sampling_settings
+from libs.training.device import fast_sampling
 
 ROOT = Path(CODE).parent
 
@@ -101,7 +102,8 @@ def test_runs(models, call):
     real = RealImages(config, "cpu")
     labels = labels_like(real.test.labels, 2, 20)
     settings = sampling_settings(model, config, sampler="ddim", steps=4)
-    images = to_uint8(next(draw_images(model, labels, settings, seed=3)))
+    with fast_sampling(model, torch.device("cpu"), torch.bfloat16):
+        images = to_uint8(next(draw_images(model, labels, settings, seed=3)))
     drawn = fit_gaussian(real.extractor(images))
     for split in ("train", "test"):
         fd = frechet_distance(drawn, real.gaussians[split])

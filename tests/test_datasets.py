@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from helpers import one_line, tree
-from libs import UsageError, build_dataloader, build_dataset, datasets
+from libs import UsageError, build_dataloader, build_dataset
+from libs.common import memory
 from libs.data import folders
 from libs.data.folders import FileImages
 from libs.datasets import BatchLoader, ImageDataset
@@ -50,12 +51,12 @@ def test_limit_is_spread_over_the_set_and_reads_nothing_else(tmp_path, monkeypat
 def test_images_move_to_a_device_that_they_fill_by_half_at_most(monkeypatch, capsys, free, moves):
     """On a "meta" device, whose memory is what this test says."""
     dataset, asked = numbered(), []
-    monkeypatch.setattr(datasets, "available_memory", lambda device: asked.append(str(device)) or free)
+    monkeypatch.setattr(memory, "available_memory", lambda device: asked.append(str(device)) or free)
     assert dataset.to("cpu") is dataset and not asked  # they are there
     assert dataset.to("meta") is dataset and asked == ["meta"]
     assert [x.device.type for x in (dataset.images, dataset.labels)] == ["meta" if moves else "cpu"] * 2
     out = capsys.readouterr().out
-    assert out.count("\n") == (not moves) and ("stay in the host's memory" in out) == (not moves)
+    assert out.count("\n") == (not moves) and ("they stay on the host" in out) == (not moves)
     if not moves:
         (images, labels), = build_dataloader(dataset, 23)
         assert images.shape == (23, 1, 8, 8) and sorted(labels.tolist()) == list(range(23))

@@ -10,6 +10,7 @@ from torchvision.datasets import ImageFolder
 import train
 from helpers import Place, one_line, tree
 from libs import DDPM, RunError, build_dataset, config
+from libs.common import memory
 from libs.data import folders, latents
 from libs.data.latents import LatentDataset, cached_latents, kept_views
 from libs.datasets import BatchLoader, ImageDataset
@@ -162,6 +163,35 @@ def test_batches_hold_one_view_of_each_image():
         assert torch.equal(x[2:], y) and torch.equal(labels[2:], part)
 
 
+def test_on_a_device_they_are_the_same_batches(data):
+    """From a tensor, which the CPU's memory serves for here, as from the file."""
+    found = data.latents(autoencoder())
+    resident = LatentDataset(latents._read(found.latents, "cpu"), found.labels, found.classes)
+    assert isinstance(resident.latents, torch.Tensor) and np.array_equal(resident.latents, found.latents)
+    for share in (None, lambda n: slice(n // 2, n)):
+        loaders = [BatchLoader(x, 4, seed=2, share=share) for x in (found, resident)]
+        for epoch in range(3):
+            for (x, label), (y, other) in zip(*(loader.epoch(epoch) for loader in loaders), strict=True):
+                assert torch.equal(x, y) and x.dtype == y.dtype and torch.equal(label, other)
+
+
+@pytest.mark.parametrize("free, moves", [(2 * 8 * 6 * 256, True), (2 * 8 * 6 * 256 - 1, False)])
+def test_they_move_to_a_device_that_they_fill_by_half_at_most(data, monkeypatch, capsys, free, moves):
+    """On a "meta" device, whose memory is what this test says."""
+    found, asked = data.latents(autoencoder()), []
+    on_disk = found.latents
+    monkeypatch.setattr(memory, "available_memory", lambda device: asked.append(str(device)) or free)
+    assert found.to(CPU) is found and found.latents is on_disk and not asked
+    assert found.to("meta") is found and asked == ["meta"]
+    out = capsys.readouterr().out
+    if moves:
+        assert (found.latents.device.type, found.labels.device.type) == ("meta", "meta") and not out
+        assert found.latents.shape == on_disk.shape and found.latents.dtype == torch.float32
+    else:
+        assert found.latents is on_disk and found.labels.device == CPU
+        assert out.count("\n") == 1 and "latents of 8 images need 0.0 GiB" in out and "they stay on the host" in out
+
+
 # ---- the cache
 
 def test_settings_and_folders_have_files_of_their_own(data, tmp_path, monkeypatch):
@@ -241,6 +271,8 @@ def test_no_room(data, monkeypatch, kind):
 def test_train_writes_nothing_into_the_image_folder(tmp_path, monkeypatch, capsys):
     """torchvision's ImageFolder reads the same data before and after two runs, the second of them from the cache."""
     monkeypatch.setattr(config, "CACHE", str(tmp_path / "cache"))
+    moved = []
+    monkeypatch.setattr(LatentDataset, "to", lambda dataset, device: moved.append(device) or dataset)
     place = Place(tmp_path)
     sets = ["dataset.img_size=32", *(f"{key}={value}" for key, value in place.autoencoder().items())]
     before = ImageFolder(tmp_path / "images").samples
@@ -250,4 +282,4 @@ def test_train_writes_nothing_into_the_image_folder(tmp_path, monkeypatch, capsy
         assert not train.main([*argv, *(word for item in sets for word in ("--set", item))])
         assert said in capsys.readouterr().out
     assert ImageFolder(tmp_path / "images").samples == before and sorted(tmp_path.glob("images/**/*")) == files
-    assert len(list((tmp_path / "cache" / "latents").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "latents").iterdir())) == 1 and moved == [CPU, CPU]

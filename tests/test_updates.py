@@ -2,6 +2,7 @@
 
 import copy
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from libs import RunError, config
 from libs.datasets import ImageDataset
 from libs.training import device
 from libs.training.device import eager, pick_device, pick_precision, prepare_network
+from libs.training.distributed import World
+from libs.training.run_folder import RunFolder, TrainingLog
 from libs.training.update import Signals, Trainer
 
 CPU = torch.device("cpu")
@@ -101,6 +104,19 @@ def test_twenty_in_a_row_are_the_end(last_good):
     with pytest.raises(RunError) as e:
         t.check(last_good)
     assert "20 updates in a row, up to update 40" in one_line(e) and (last_good or "start again") in one_line(e)
+
+
+@pytest.mark.parametrize("kind, end", [("cpu", 20), ("cuda", 32)])
+def test_the_log_ends_training_with_its_next_line_or_before(kind, end):
+    """On a GPU nothing is read between two lines. Here the tensors are on the CPU in both cases."""
+    t = trainer()
+    folder = RunFolder("", config.defaults_of(config.SETTINGS), t, 4, SimpleNamespace(print_freq=16), claim=None)
+    log = TrainingLog(folder, t.model, World(), 4, epochs=1)
+    t.device = torch.device(kind)
+    with pytest.raises(RunError, match=f"not finite in {end} updates in a row, up to update {end}; start again"):
+        while True:
+            log.update(torch.ones(4), torch.arange(4), *update(t, float("nan")))
+    assert t.step == end
 
 
 def test_weights_that_are_not_finite_are_not_saved():

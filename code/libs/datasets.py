@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets as tv
 
 from .common.errors import RunError, UsageError, first_line
-from .common.memory import available_memory
+from .common.memory import fits, send
 from .common.seeds import seeded_generator
 from .config import KNOWN
 from .data.folders import read_files, scan_folder
@@ -57,12 +57,8 @@ class ImageDataset(Dataset):
     def to(self, device):
         """Move images in memory to `device`, where they fill at most half of it, so that batches are made there."""
         if isinstance(self.images, torch.Tensor) and self.images.device != torch.device(device):
-            if self.images.nbytes > available_memory(device) // 2:
-                print(f"{len(self)} images need {self.images.nbytes / 2 ** 30:.1f} GiB, more than half of what is free "
-                      f"on {device}: they stay in the host's memory")
-                return self
-            self.images = self.images.to(device)
-            self.labels = self.labels.to(device)
+            if fits(self.images.nbytes, device, f"{len(self)} images"):
+                self.images, self.labels = self.images.to(device), self.labels.to(device)
         return self
 
     def batch(self, index, generator=None, part=slice(None)):
@@ -72,7 +68,7 @@ class ImageDataset(Dataset):
         part: only this slice of the batch, cropped and flipped as in the whole of it.
         """
         corner, mirrored = self.draw_view(len(index), generator)
-        index = index[part].to(self.labels.device)
+        index = send(index[part], self.labels.device)
         return self.view(self.images[index], corner[:, part], mirrored[part]), self.labels[index]
 
     def draw_view(self, n, generator=None):
@@ -89,12 +85,12 @@ class ImageDataset(Dataset):
         """Crop and flip stored images, uint8 B x C x S x S, to B x C x img_size x img_size, floats in `value_range`."""
         if x.shape[-1] != self.img_size:
             side = torch.arange(self.img_size, device=x.device)
-            rows, cols = corner.to(x.device)[:, :, None] + side  # each B x img_size
+            rows, cols = send(corner, x.device)[:, :, None] + side  # each B x img_size
             i = torch.arange(len(x), device=x.device)[:, None, None]
             # channels last for the gather, then back
             x = x.permute(0, 2, 3, 1)[i, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
         if mirrored.any():  # on the CPU, so that no GPU is waited for
-            x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(-1), x)
+            x = torch.where(send(mirrored, x.device)[:, None, None, None], x.flip(-1), x)
         low, high = self.value_range
         return x.float() * ((high - low) / 255) + low
 

@@ -1,4 +1,4 @@
-"""How much memory is free."""
+"""Memory: how much is free, and the way from the host's to a GPU's."""
 
 import os
 
@@ -21,6 +21,22 @@ def available_memory(device="cpu"):
     if limit is None or used is None:
         return free
     return min(free, limit - used + (_number_in("/sys/fs/cgroup/memory.stat", "file ") or 0))
+
+
+def fits(num_bytes, device, what):
+    """Whether data, `what`, fill at most half of what is free on `device`. A line says so where they do not."""
+    if num_bytes <= available_memory(device) // 2:
+        return True
+    print(f"{what} need {num_bytes / 2 ** 30:.1f} GiB, more than half of what is free on {device}: they stay on the "
+          "host")
+    return False
+
+
+def send(x, device):
+    """A tensor on `device`. A GPU copies it from pinned memory: from other memory, the CPU would wait for its work."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def _number_in(path, start="", unit=1):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from .. import config
 from ..common.errors import RunError, display_path
 from ..common.files import atomic_file
+from ..common.memory import fits, send
 from ..common.seeds import seeded_generator
 from ..tiny_autoencoder import weights_hash
 from .images import ImageSet
@@ -25,8 +26,8 @@ class LatentDataset:
     """Same interface as ImageDataset, with latents in place of images.
 
     Args:
-        latents: N x V x C x H x W, float32, a NumPy array in memory or on disk: V views of each image.
-        labels: N, long, on the CPU.
+        latents: N x V x C x H x W, float32: V views of each image. A NumPy array in memory or on disk, or a tensor.
+        labels: N, long, on the CPU; on the tensor's device if the latents are one.
         classes: names of the classes.
     """
 
@@ -38,11 +39,28 @@ class LatentDataset:
     def __len__(self):
         return len(self.labels)
 
+    def to(self, device):
+        """Move the latents to a GPU, if they fill at most half of it, so that batches are made there."""
+        if torch.device(device).type != "cpu" and fits(self.latents.nbytes, device, f"latents of {len(self)} images"):
+            self.latents, self.labels = _read(self.latents, device), self.labels.to(device)
+        return self
+
     def batch(self, index, generator=None, part=slice(None)):
         """Items `index` as `(latents B x C x H x W, labels B)`, each a random view; see ImageDataset.batch."""
         view = torch.randint(self.latents.shape[1], (len(index),), generator=generator)[part]
         index = index[part]
+        if isinstance(self.latents, torch.Tensor):
+            index, view = send(index, self.latents.device), send(view, self.latents.device)
+            return self.latents[index, view], self.labels[index]
         return torch.from_numpy(self.latents[index.numpy(), view.numpy()]), self.labels[index]
+
+
+def _read(latents, device):
+    """A NumPy array as a tensor on `device`, image by image: the file may be larger than the host's memory."""
+    out = torch.empty(latents.shape, device=device)
+    for to, image in zip(out, latents):
+        to.copy_(torch.from_numpy(image.copy()))
+    return out
 
 
 def kept_views(dataset, index, crops):

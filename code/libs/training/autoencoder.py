@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..common.errors import UsageError
+from ..common.memory import send
 from ..common.seeds import seeded_generator
 from ..config import complete_config, read_yaml, set_values
 from ..datasets import FOLDERS, build_dataset
@@ -84,7 +85,7 @@ def draw_crops(dataset, config, step, total_steps, device):
     generator = seeded_generator(config["seed"], "crops", step)
     images, _ = dataset.batch(torch.randint(len(dataset), (n,), generator=generator), generator)
     noise = torch.randn(n, *TAESD.latent_shape(images.shape[1:]), generator=generator)
-    return images.to(device, non_blocking=True), noise.to(device, non_blocking=True)
+    return send(images, device), send(noise, device)
 
 
 # ---- the model and its loss

@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -36,8 +36,6 @@ def pick_precision(name, device):
         return None
     if name == "auto":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if name != "fp32":  # the products that autocast leaves in fp32, above all Muon's, in TF32, as convolutions are anyway
-        torch.set_float32_matmul_precision("high")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
 
 
@@ -129,6 +127,63 @@ def _trial_loss(model, dataset, device, precision, n):
     noise = torch.randn(len(labels), *model.img_shape, device=device)
     with autocast(device, precision):
         return model(images, labels, torch.zeros_like(labels), noise, encoded=dataset.encoded)
+
+
+@contextmanager
+def fast_sampling(model, device, precision):
+    """A context in which images are drawn from `model`, in eval mode, faster: its network computes in `precision` and,
+    on a GPU, through CUDA graphs. What it returns has the dtype of its input, so that all sums stay in fp32.
+    """
+    network, before = model.model, model.model.forward
+    own = vars(network).get("forward")  # of `prepare_network`
+
+    def forward(*inputs):
+        # no cache of the weights in half precision: a graph would go on with those of its recording
+        with torch.autocast(device.type, precision, enabled=precision is not None, cache_enabled=False):
+            return before(*inputs).to(inputs[0].dtype)
+
+    if precision is not None or device.type == "cuda":
+        network.forward = _replayed(network, forward, device) if device.type == "cuda" else forward
+    try:
+        yield
+    finally:
+        vars(network).pop("forward", None)
+        if own:
+            network.forward = own
+
+
+def _replayed(network, forward, device):
+    """`forward` through CUDA graphs, one for each shape of the inputs. Where that fails, `network` goes on without."""
+    graphs = {}
+
+    def record(inputs):
+        inputs, stream = [x.clone() for x in inputs], torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))  # a warm-up, as PyTorch's documentation has it
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                forward(*inputs)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            output = forward(*inputs)
+        return graph, inputs, output
+
+    def replay(*inputs):
+        key = tuple((x.shape, x.dtype) for x in inputs)
+        if key not in graphs:
+            try:
+                graphs[key] = record(inputs)
+            except Exception as e:  # as in prepare_network
+                print(f"network: CUDA graphs do not work here, drawing without ({first_line(e, 200)})", flush=True)
+                network.forward = forward
+        if network.forward is forward:
+            return forward(*inputs)
+        graph, buffers, output = graphs[key]
+        torch._foreach_copy_(buffers, inputs)
+        graph.replay()
+        return output.clone()  # the next replay writes there again
+
+    return replay
 
 
 def eager(model):

@@ -42,8 +42,6 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        if float(getattr(self, "found_inf", 0)):  # GradScaler's word for: leave this update out
-            return None
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for p in group["params"] if group["orthogonal"] else ():
@@ -55,14 +53,19 @@ class Muon(torch.optim.AdamW):
 
     def _orthogonal_step(self, parameters, lr, weight_decay):
         for p in parameters:
-            if not self.state[p]:  # under AdamW's names, which its load_state_dict looks for
+            if not self.state[p]:  # under AdamW's names, which its load_state_dict looks for; the steps are not counted
                 self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
-            self.state[p]["step"] += 1
-            self.state[p]["exp_avg"].lerp_(p.grad, 1 - self.MOMENTUM)
-        updates = orthogonalize(torch.stack([
-            p.grad.lerp(self.state[p]["exp_avg"], self.MOMENTUM).flatten(1) for p in parameters]))  # Nesterov's
-        for p, update in zip(parameters, updates):
-            p.mul_(1 - lr * weight_decay).add_(update.reshape(p.shape), alpha=-lr * 0.2 * max(update.shape) ** 0.5)
+        moments = [self.state[p]["exp_avg"] for p in parameters]
+        weight, momentum, grad = map(torch.stack, (parameters, moments, [p.grad for p in parameters]))
+        new_momentum = momentum.lerp(grad, 1 - self.MOMENTUM)
+        update = orthogonalize(grad.lerp(new_momentum, self.MOMENTUM).flatten(2))  # Nesterov's
+        new_weight = (weight * (1 - lr * weight_decay)).add_(
+            update.reshape(weight.shape), alpha=-lr * 0.2 * max(update.shape[1:]) ** 0.5)
+        # GradScaler's word for: leave this update out; a tensor, for which the CPU need not wait
+        left_out = getattr(self, "found_inf", weight.new_zeros(())) > 0
+        torch._foreach_copy_(parameters, torch.where(left_out, weight, new_weight).unbind())
+        torch._foreach_copy_(moments, torch.where(left_out, momentum, new_momentum).unbind())
+        for p in parameters:
             p.grad = None  # done: AdamW passes over it
 
 

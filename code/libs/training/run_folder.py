@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import save_image
@@ -20,7 +21,7 @@ from ..common.errors import RunError, UsageError, display_path, first_line
 from ..common.files import atomic_file
 from ..config import portable
 from ..models import GRID_SAMPLER, network_calls, sample_grid, sampling_settings
-from .device import eager, peak_memory
+from .device import eager, fast_sampling, peak_memory
 from .update import AverageMeter, TenthsMeter
 
 try:
@@ -177,12 +178,13 @@ class RunFolder:
         settings = sampling_settings(trainer.model, config, sampler=sampler)
         name = f"sample-{trainer.epoch - 1}.png"
         watch = _GridWatch(self, signals)
-        grid = sample_grid(trainer.ema.module, config, settings, trainer.device, watch)
+        with fast_sampling(trainer.ema.module, trainer.device, trainer.precision):
+            grid = sample_grid(trainer.ema.module, config, settings, trainer.device, watch)
         with atomic_file(os.path.join(self.path, name)) as f:
             save_image(grid, f, "png")
         self.record("add_image", "samples/ema", grid, trainer.step)
         if trainer.device.type == "cuda" or network_calls(trainer.model, settings) <= CHEAP_GRID:
-            with eager(trainer.model):
+            with eager(trainer.model), fast_sampling(trainer.model, trainer.device, trainer.precision):
                 raw = sample_grid(trainer.model, config, settings, trainer.device, watch)
             self.record("add_image", "samples/raw", raw, trainer.step)
         self.print(f"epoch {trainer.epoch}: saved {display_path(self.last_checkpoint)} and {name} (files count from 0)")
@@ -231,24 +233,29 @@ class TrainingLog:
         if self.tenths:
             self.tenths.update(each, t)
         self.folder.progress()
-        self.trainer.check(self.folder.last_checkpoint)
         if self.trainer.step % self.folder.args.print_freq == 0 or self.trainer.step == self.trainer.total_steps:
             self.write()
+        elif self.trainer.device.type != "cuda":  # there it would wait for the GPU
+            self.trainer.check(self.folder.last_checkpoint)
 
     def write(self):
         trainer, step = self.trainer, self.trainer.step
-        loss = self.loss.average(self.world.total)
-        rate = (step - self.clock_step) / (time.time() - self.clock)
-        skipped = int(trainer.skipped)
+        loss, count = self.world.total(self.loss.sum, self.loss.count)
+        tenths = self.tenths.read(self.world.total) if self.tenths else []
+        # read in one piece: the CPU waits for a GPU here, and in no other place between two lines
+        loss, norm, skipped, longest, *averages = torch.stack([
+            loss / count.clamp(min=1), self.norm.sum / self.norm.count.clamp(min=1), trainer.skipped, trainer.longest,
+            *tenths]).tolist()
+        trainer.check(self.folder.last_checkpoint, longest)
+        rate, skipped = (step - self.clock_step) / (time.time() - self.clock), int(skipped)
         self.folder.print(f"epoch {trainer.epoch + 1}/{self.epochs}  update {step}/{trainer.total_steps}  "
                           f"loss {loss:.4f}  {rate * self.batch_size:.0f} images/s  "
                           f"{(trainer.total_steps - step) / rate / 60:.1f} minutes left"
                           + (f"  {skipped} updates left out" if skipped else ""))
         self.folder.bar.set_postfix(loss=f"{loss:.4f}")
-        scalars = {"train/loss": loss, "train/lr": trainer.lr, "train/grad_norm": self.norm.avg,
+        scalars = {"train/loss": loss, "train/lr": trainer.lr, "train/grad_norm": norm,
                    "train/skipped_updates": skipped, "train_speed/images_per_s": rate * self.batch_size,
                    "train_speed/peak_memory_GiB": peak_memory(trainer.device) / 2 ** 30}
-        averages = self.tenths.read(self.world.total) if self.tenths else []
         scalars |= {f"train_loss_by_time/{k / 10:.1f}": x for k, x in enumerate(averages) if x == x}
         self.folder.scalars(scalars)
         self.loss.reset(), self.norm.reset()

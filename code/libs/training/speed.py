@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import build_model, draw_images, network_calls, samplers_of, sampling_settings
-from .device import autocast, memory_format, peak_memory, pick_device, pick_precision, prepare_network
+from .device import (autocast, fast_sampling, memory_format, peak_memory, pick_device, pick_precision,
+                     prepare_network)
 from .optimizers import build_optimizer
 from .other_unets import OTHERS, build_other, parameters
 from .update import Trainer
@@ -191,19 +192,20 @@ def measure_samplers(config, seconds, device):
             pass
         return now(device) - started
 
-    draw(sampling_settings(model, config, sampler=names[0]), -math.inf)  # to warm up, one step
-    rows = {}
-    for name in names:
-        settings = sampling_settings(model, config, sampler=name)
-        calls = network_calls(model, settings)
-        seen.clear()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        taken = draw(settings, seconds / len(names))
-        rows[name] = {"steps": settings["steps"], "calls": calls, "images_per_s": sum(seen) / calls / taken,
-                      "whole": sum(seen) == calls * len(labels), "operations": calls * forward,
-                      "peak_memory": peak_memory(device), "parameters": parameters(model.model)}
-    rate = matmul_rate(device, torch.float32)
+    precision, rows = pick_precision(config["dtype"], device), {}
+    with fast_sampling(model, device, precision):
+        draw(sampling_settings(model, config, sampler=names[0]), -math.inf)  # to warm up, one step
+        for name in names:
+            settings = sampling_settings(model, config, sampler=name)
+            calls = network_calls(model, settings)
+            seen.clear()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            taken = draw(settings, seconds / len(names))
+            rows[name] = {"steps": settings["steps"], "calls": calls, "images_per_s": sum(seen) / calls / taken,
+                          "whole": sum(seen) == calls * len(labels), "operations": calls * forward,
+                          "peak_memory": peak_memory(device), "parameters": parameters(model.model)}
+    rate = matmul_rate(device, precision or torch.float32)
     return {name: row | rate for name, row in rows.items()}
 
 

@@ -55,12 +55,7 @@ class AverageMeter:
 
     @property
     def avg(self):
-        return self.average()
-
-    def average(self, total=lambda *tensors: tensors):
-        """`avg`; over all processes with World.total."""
-        total_sum, count = total(self.sum, self.count)
-        return float(total_sum) / max(float(count), 1)
+        return float(self.sum) / max(float(self.count), 1)
 
 
 class TenthsMeter:
@@ -77,9 +72,9 @@ class TenthsMeter:
         self.count.index_add_(0, tenth, finite.float())
 
     def read(self, total=lambda *tensors: tensors):
-        """Ten averages, NaN where there was no image; then start again. total: see World.total."""
+        """Ten averages, a tensor, NaN where there was no image; then start again. total: see World.total."""
         losses, count = total(self.sum, self.count)
-        averages = (losses / count).tolist()
+        averages = losses / count
         self.sum.zero_()
         self.count.zero_()
         return averages
@@ -112,7 +107,9 @@ class Trainer:
         self.ema = ModelEMA(model, cfg["ema_decay"])
         self.optimizer = build_optimizer(model.model, cfg, device, is_hidden)
         self.parameters = [p for p in model.model.parameters() if p.requires_grad]
-        self.fp16 = precision == torch.float16
+        self.precision, self.fp16 = precision, precision == torch.float16
+        if device.type == "cuda" and precision:  # what autocast leaves in fp32, above all Muon's products, in TF32
+            torch.set_float32_matmul_precision("high")
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 16 if self.fp16 else 1.0,
                                            enabled=device.type != "mps")
         self.skipped, self.in_a_row, self.longest = torch.zeros(3, dtype=torch.long, device=device)
@@ -143,12 +140,11 @@ class Trainer:
         self.longest = torch.maximum(self.longest, self.in_a_row)
         return norm, finite
 
-    def check(self, last_checkpoint):
-        """Raise RunError after LIMIT updates in a row that were left out. On a GPU now and then, as it waits for it."""
-        if self.device.type == "cuda" and self.step % self.LIMIT:
-            return
-        if self.longest >= self.LIMIT:
-            raise RunError(f"the loss or its gradient was not finite in {int(self.longest)} updates in a row, up to "
+    def check(self, last_checkpoint, longest=None):
+        """Raise RunError after LIMIT updates in a row that were left out. longest: what `.longest` holds, if read."""
+        longest = int(self.longest if longest is None else longest)
+        if longest >= self.LIMIT:
+            raise RunError(f"the loss or its gradient was not finite in {longest} updates in a row, up to "
                            f"update {self.step}; " + (f"resume from {last_checkpoint}" if last_checkpoint else
                                                       "start again") + " with a lower train_cfg.lr")
 
