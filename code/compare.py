@@ -25,6 +25,7 @@ from libs.evaluation.report import (FLOORS, RealImages, denoising_error, distanc
                                     scalars)
 from libs.models import check_images, model_from, network_calls, sampling_settings
 from libs.training.device import fast_sampling, memory_format, pick_device, pick_precision
+from libs.training.speed import operations
 
 SIGMAS = [0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0]  # where latents have a deviation of about 1
 # title -> (key of a row, function that prints its numbers)
@@ -33,6 +34,8 @@ FLOOR = {"floors": ("floors", "{:.1f}".format)}
 BOTH = {"precision": ("precision", "{:.3f}".format), "recall": ("recall", "{:.3f}".format),
         "seconds for 1,000 images": ("seconds_per_1000", "{:.1f}".format)}
 SAMPLER_COLUMNS = ACCURACY | {"FD": ("fd_train", "{:.3f}".format)} | FLOOR | BOTH
+FACTS = {"parameters": ("parameters", "{:,}".format), "images seen": ("images_seen", "{:,}".format),
+         "training, TFLOP": ("training_operations", lambda x: f"{x / 1e12:.1f}")}
 RUN_COLUMNS = ACCURACY | {"FD to held-out images": ("fd_test", "{:.4g}".format)} | FLOOR | {
     "FD to training images": ("fd_train", "{:.4g}".format)} | BOTH
 # settings in which runs of one kind may differ and still be repetitions of each other, maybe on other machines
@@ -73,6 +76,7 @@ class TrainedRun:
         state = load_checkpoint(self.path)
         self.model, self.config = model_from(state, self.path)
         self.hash, self.classes, self.updates = file_hash(self.path), state.get("classes"), state.get("step", 0)
+        self.operations = operations(self.model)[1]  # of training, for one image
 
     def settings(self, texts):
         """The complete settings of a sampler that each text means for this model, without repetitions."""
@@ -177,7 +181,7 @@ def compare_runs(args):
         row = description(trained, len(real.train))
         for known in results.content["errors"]:
             if known["hash"] == trained.hash:  # as it was described then, so that its rows stay together
-                row = {key: known[key] for key in row}
+                row = {key: known.get(key, value) for key, value in row.items()}
         if not results.has("errors", hash=trained.hash):
             errors = {split: denoising_error(model, *latents[split], SIGMAS) for split in latents}
             results.add("errors", {**row, **errors}, **facts)
@@ -223,7 +227,7 @@ def settings_by_kind(texts, kinds):
 
 def description(trained, images):
     """What a row says of its run. images: how many the training set has."""
-    config, fixed = trained.config, {}
+    config, fixed, seen = trained.config, {}, trained.updates * min(trained.config["loader"]["batch_size"], images)
     for key, value in config.items():
         if isinstance(value, dict):
             value = {sub: x for sub, x in value.items() if f"{key}.{sub}" not in FREE}
@@ -231,8 +235,8 @@ def description(trained, images):
             fixed[key] = value
     return {"run": display_path(trained.path), "hash": trained.hash, "kind": config["model_name"],
             "seed": config["seed"], "settings": sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:6],
-            "parameters": sum(p.numel() for p in trained.model.model.parameters()),
-            "images_seen": trained.updates * min(config["loader"]["batch_size"], images)}
+            "parameters": sum(p.numel() for p in trained.model.model.parameters()), "images_seen": seen,
+            "training_operations": seen * trained.operations}
 
 
 def real_latents(model, real, device):
@@ -253,15 +257,15 @@ def run_tables(content):
                f"{content['num']:,} training images to the held-out ones: {floor_text(content, '.4g')}. "
                f"Mean (± standard deviation) over the runs of a kind; {content['device']}, PyTorch {content['torch']}")
         yield ""
-        lines = []
-        columns = {title: column for title, column in RUN_COLUMNS.items() if any(column[0] in r for r in content["rows"])}
+        lines, keys = [], {key for row in content["rows"] for key in row}
+        facts, columns = ({title: column for title, column in table.items() if column[0] in keys}
+                          for table in (FACTS, RUN_COLUMNS))
         for group in grouped(content["rows"], *kind, "way"):
             first = group[0]
             way = ", ".join(str(v) if k in ("sampler", "steps") else f"{k} {v}" for k, v in first["way"].items())
-            lines.append([kind_name(first, content), f"{first['parameters']:,}", f"{first['images_seen']:,}",
-                          len(group), way, first["network_calls"], *means(group, columns)])
-        yield from markdown_table(["kind", "parameters", "images seen", "runs", "sampler", "network calls",
-                                   *columns], lines)
+            lines.append([kind_name(first, content), *means([first], facts), len(group), way, first["network_calls"],
+                          *means(group, columns)])
+        yield from markdown_table(["kind", *facts, "runs", "sampler", "network calls", *columns], lines)
         yield ""
     yield "Mean squared error of denoised latents (or pixels), by noise level sigma, mean (± deviation) over the runs:"
     yield ""

@@ -17,6 +17,7 @@ from libs.evaluation.comparison import Results
 from libs.evaluation.fid import fit_gaussian, frechet_distance
 from libs.evaluation.report import RealImages, denoising_error, evaluate, labels_like
 from libs.models import draw_images, load_model, sampling_settings
+from libs.training.speed import inputs_of, operations_by_kind
 from libs.training.device import fast_sampling
 
 ROOT = Path(CODE).parent
@@ -114,6 +115,12 @@ def test_runs(models, call):
     for split, images in (("test", real.test), ("train", real.train)):
         errors = denoising_error(model, model.encode(images.take().images / 255), images.labels, saved["sigmas"])
         assert saved["errors"][1][split] == pytest.approx(errors, rel=1e-4)
+
+    # the arithmetic of the training: images seen, times what one costs forward and backward
+    updates = torch.load(models.runs[1], weights_only=True)["step"]
+    cost = sum(sum(kinds.values()) for kinds in operations_by_kind(model.model, *inputs_of(model)))
+    assert saved["rows"][1]["images_seen"] == updates * 2
+    assert saved["rows"][1]["training_operations"] == pytest.approx(updates * 2 * cost) and updates * cost > 0
 
     # the tables: one line for each kind and setting, mean and deviation over its runs
     fds = [r["fd_test"] for r in saved["rows"][:2]]
