@@ -110,10 +110,7 @@ class Diffusion(nn.Module):
 
     # ---- the denoiser
 
-    @property
-    def sigma_range(self):
-        """(sigma_min, sigma_max, rho) of karras_sigmas."""
-        raise NotImplementedError
+    sigma_range = None  # (sigma_min, sigma_max, rho) of karras_sigmas
 
     def denoise(self, x, sigma, label, guidance_scale=1.0):
         """D(x; sigma), B x C x H x W: the image under noise of standard deviation sigma (B, or a number)."""

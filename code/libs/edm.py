@@ -35,7 +35,7 @@ class EDM(Diffusion):
         u = (torch.arange(timesteps, dtype=torch.float64) + 0.5) / timesteps
         self.register_buffer("sigmas", torch.exp(P_mean + P_std * torch.special.ndtri(u)).float())
         self.P_mean, self.P_std = P_mean, P_std
-        self._sigma_range = *trained_range(P_mean, P_std, sigma_min, sigma_max), rho
+        self.sigma_range = *trained_range(P_mean, P_std, sigma_min, sigma_max), rho
 
     def set_sigma_data(self, std):
         """Set sigma_data to the data's measured standard deviation, unless the config gave one."""
@@ -97,10 +97,6 @@ class EDM(Diffusion):
         return (each.mean(), each) if return_each else each.mean()
 
     # ---- sampling: `sample` (in diffusion.py) goes from sigma_max down to 0
-
-    @property
-    def sigma_range(self):
-        return self._sigma_range
 
     def p_sample_loop(self, labels, **options):
         """Draw one image per label by Heun's method, Algorithm 1: B -> B x C x H x W in [0, 1]. Options: of `sample`."""

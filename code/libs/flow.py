@@ -28,7 +28,7 @@ class Flow(Diffusion):
         super().__init__(img_shape, timesteps, dim, context_dim, num_classes, dim_mults, attn_levels,
                          use_vae, vae_encoder_weights, vae_decoder_weights, **options)
         self.P_mean, self.P_std = P_mean, P_std
-        self._sigma_range = *trained_range(P_mean, P_std, sigma_min, sigma_max), rho
+        self.sigma_range = *trained_range(P_mean, P_std, sigma_min, sigma_max), rho
 
     def velocity(self, x_t, label, t, guidance_scale=1.0):
         """The predicted dx/dt where x is x_t at time t: B x C x H x W, B, B from 0 to 1 -> B x C x H x W."""
@@ -67,7 +67,3 @@ class Flow(Diffusion):
         share = t[:, None, None, None]
         x_t = (1 - share) * x
         return x_t - share * self.velocity(x_t, label, t, guidance_scale)
-
-    @property
-    def sigma_range(self):
-        return self._sigma_range

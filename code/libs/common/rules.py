@@ -7,7 +7,6 @@ import re
 from .errors import UsageError, shown
 
 
-
 def integer(low, high=None):
     def check(v):
         if isinstance(v, bool) or not isinstance(v, int) or v < low or (high is not None and v > high):
