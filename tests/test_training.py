@@ -124,3 +124,9 @@ def test_cosine_goes_down_to_zero_and_is_flat_at_both_ends():
     assert all(a > b > 0 for a, b in zip(found, found[1:])) and found[0] - found[5] < 0.02 and found[-6] < 0.02
     assert learning_rate(100, {"lr": 2.0, "warmup": 0, "lr_schedule": "cosine"}, 100) == pytest.approx(0)
     assert rates("cosine", warmup=99)[50] == pytest.approx(1 * 51 / 100)  # both together
+
+
+def test_trapezoid_is_constant_then_goes_down_to_zero_in_a_straight_line():
+    found = rates("trapezoid", warmup=9)
+    assert found[:10] == pytest.approx([0.2 * k for k in range(1, 11)]) and set(found[9:51]) == {2.0}
+    assert found[50:] == pytest.approx([2 * (100 - step) / 50 for step in range(50, 100)])

@@ -74,8 +74,8 @@ SETTINGS = {
     "train_cfg.epochs": (30, integer(1, 10 ** 9)),
     "train_cfg.num_eval_samples": (10, integer(1, 10 ** 4)),      # images per class in a sample grid
     "train_cfg.warmup": (0, integer(0, 10 ** 9)),                 # updates over which the learning rate rises to lr
-    # cosine: down to zero at the last update
-    "train_cfg.lr_schedule": ("constant", one_of("constant", "cosine")),
+    # cosine, trapezoid: down to zero at the last update, all the way or in its second half
+    "train_cfg.lr_schedule": ("constant", one_of("constant", "cosine", "trapezoid")),
     # muon: orthogonalized updates for the convolutions, AdamW for the rest
     "train_cfg.optimizer": ("adamw", one_of("adamw", "muon")),
     "train_cfg.betas": ([0.9, 0.999], list_of(number(0, 0.99999), 2)),  # AdamW's

@@ -81,10 +81,11 @@ class TenthsMeter:
 
 
 def learning_rate(step, cfg, total_steps):
-    """Learning rate of update `step` (from 0): warm-up, then constant or by a cosine down to zero."""
+    """Learning rate of update `step` (from 0): warm-up, then constant, or down to zero: by a cosine, or in the second
+    half in a straight line (trapezoid; Haegele et al. 2024, arXiv 2405.18392)."""
     warm = min(1.0, (step + 1) / (cfg["warmup"] + 1))
     left = 1 - step / total_steps
-    decay = {"constant": 1.0, "cosine": 0.5 * (1 - math.cos(math.pi * left))}
+    decay = {"constant": 1.0, "cosine": 0.5 * (1 - math.cos(math.pi * left)), "trapezoid": min(1.0, 2 * left)}
     return cfg["lr"] * warm * decay[cfg["lr_schedule"]]
 
 
