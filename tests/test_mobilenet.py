@@ -51,21 +51,31 @@ def test_the_shipped_file_is_the_one_in_the_readme(extractor):
 
 
 def test_the_network_agrees_with_the_original(real_data, network):
-    """The original computes in 8 bits, and has several first classes for some images: any of them is right."""
+    """The original's probabilities are of 8 bits, so that several classes can be first: any of them is right."""
     interpreter = pytest.importorskip("ai_edge_litert.interpreter", reason="pip install ai-edge-litert")
     original = interpreter.Interpreter(os.path.join(real_data, "imagenet", "mobilenet_v1_0.75_192_quant.tflite"))
     original.allocate_tensors()
     (source,), (output,) = original.get_input_details(), original.get_output_details()
     cats, _, _ = build_dataset("AFHQ", "test", os.path.join(real_data, "afhq"), 128, (0, 255))
-    hits = []
+    hits, same = [], []
     for images in ImageSet(cats.images, size=128).batches(50):
-        images = interpolate(images.float(), (192, 192), mode="bilinear", antialias=True).round().byte()
-        for logits, image in zip(network(images), images.permute(0, 2, 3, 1)):
+        resized = interpolate(images.float(), (192, 192), mode="bilinear", antialias=True).round().byte()
+        for logits, image in zip(network(images), resized.permute(0, 2, 3, 1)):
             original.set_tensor(source["index"], image[None].contiguous().numpy())
             original.invoke()
             probabilities = torch.from_numpy(original.get_tensor(output["index"])[0])
             hits.append(probabilities[logits.argmax()] == probabilities.max())
-    assert len(hits) == 400 and sum(hits) >= 0.97 * 400
+            same.append(logits.argmax() == probabilities.argmax())
+    assert len(hits) == 400 and sum(hits) >= 0.99 * 400 and sum(same) >= 0.97 * 400
+
+
+def test_the_original_on_pictures_that_need_no_data(network):
+    """Its first classes and their probabilities, in 1/256. They need the weights, input, padding and rounding."""
+    classes = [721, 645, 2, 531, 645, 645, 819, 819, 2, 721, 853, 819]
+    shares = [21, 29, 30, 25, 48, 36, 99, 61, 29, 30, 33, 38]
+    found = network(pictures(12, 192)).softmax(1)
+    assert found.argmax(1).tolist() == classes
+    assert (found.max(1).values * 256 - torch.tensor(shares)).abs().max() < 5
 
 
 def test_weights_of_another_network(tmp_path):
@@ -103,7 +113,7 @@ def test_a_picture_of_another_size_is_resized_as_by_pillow(extractor):
     images = pictures(5, 192)
     found, spread = extractor(images), extractor(images).std(0).mean()
     twice = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    assert (extractor(twice) - found).abs().mean() < 0.15 * spread  # nearly the same picture
+    assert (extractor(twice) - found).abs().mean() < 0.25 * spread  # nearly the same picture
     noise = torch.randint(256, (2, 3, 500, 300), dtype=torch.uint8)
     small = [np.array(Image.fromarray(x.permute(1, 2, 0).numpy()).resize((192, 192), Image.Resampling.BILINEAR))
              for x in noise]

@@ -12,7 +12,7 @@ from .classifier import WEIGHTS as CLASSIFIER
 
 WEIGHTS = os.path.join(os.path.dirname(CLASSIFIER), "mobilenet_imagenet.pth")
 SIDE = 192  # of the square images it was trained on
-TOP = 255 * 0.023528477  # of every activation: 6, in the 255 steps of the original
+STEP = 0.023528477  # of activations: it was trained to round them to 8 bits, the highest being 6
 # (channels, stride) of each depthwise convolution and the 1 x 1 convolution that follows it
 LAYERS = [(48, 1), (96, 2), (96, 1), (192, 2), (192, 1), (384, 2), *[(384, 1)] * 5, (768, 2), (768, 1)]
 # class of a data set -> the classes of ImageNet, numbered from 0, that an image of it shows
@@ -21,10 +21,11 @@ KINDS = {"cat": range(281, 286), "dog": range(151, 269),
 
 
 class Conv(nn.Conv2d):
-    """A convolution with its batch norm folded in, padded as TensorFlow pads even sizes, and ReLU6."""
+    """A convolution with its batch norm folded in, padded as TensorFlow pads even sizes, and ReLU6 in 255 steps."""
 
     def forward(self, x):
-        return super().forward(F.pad(x, (0, 1, 0, 1)) if self.stride == (2, 2) else x).clamp(0, TOP)
+        x = super().forward(F.pad(x, (0, 1, 0, 1)) if self.stride == (2, 2) else x)
+        return (x / STEP).round().clamp(0, 255) * STEP
 
 
 def _conv(c_in, c_out, kernel=3, stride=1, groups=1):
@@ -50,7 +51,7 @@ class MobileNet(nn.Module):
         x = images.float() if images.dtype == torch.uint8 else images * 255
         if x.shape[2:] != (SIDE, SIDE):
             x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)
-        return self.body((x - 128) / 128).mean((2, 3))
+        return self.body((x.round() - 128) / 128).mean((2, 3))
 
     def forward(self, images):
         return self.head(self.features(images))
