@@ -29,7 +29,8 @@ from libs.training.speed import operations
 
 SIGMAS = [0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0]  # where latents have a deviation of about 1
 # title -> (key of a row, function that prints its numbers)
-ACCURACY = {"label accuracy": ("label_accuracy", lambda x: f"{100 * x:.2f} %")}
+ACCURACY = {"label accuracy": ("label_accuracy", lambda x: f"{100 * x:.2f} %"),
+            "recognised": ("recognised", lambda x: f"{100 * x:.2f} %")}
 FLOOR = {"floors": ("floors", "{:.1f}".format)}
 BOTH = {"precision": ("precision", "{:.3f}".format), "recall": ("recall", "{:.3f}".format),
         "seconds for 1,000 images": ("seconds_per_1000", "{:.1f}".format)}
@@ -112,6 +113,8 @@ def compare_samplers(args):
     print(f"{len(todo)} sets of {args.num:,} images, {calls:,} network calls in all, on {device}, into {args.output}",
           flush=True)
     model.to(device, memory_format=memory_format(device))
+    if model.use_vae and todo:
+        real.reconstruct(model, device)
     labels = labels_like(real.test.labels, model.num_classes, args.num)
 
     # 3. a row for each
@@ -126,23 +129,37 @@ def compare_samplers(args):
             row = {"model": display_path(args.checkpoint), "hash": trained.hash, "way": setting, "seed": seed,
                    "network_calls": cost, "floors": numbers["fd_train"] / floors["floor"], **numbers,
                    "seconds_per_1000": seconds}
-            results.add("rows", row, metric=report["metric"], n=report["n"], **floors, torch=torch.__version__)
+            results.add("rows", row, metric=report["metric"], n=report["n"], **floors, torch=torch.__version__,
+                        recognised={key: report[key]["recognised"] for key in floors if "recognised" in report[key]})
     print(results.text())
 
 
 def floor_text(content, form):
-    """The floor, and that of images which are cropped and mirrored as in training, where they are."""
-    floor, *augmented = (format(content[key], form) for key in FLOORS if key in content)
-    return floor + "".join(f", cropped and mirrored as in training {x}" for x in augmented)
+    """The floors in a file: of real images, and of the same ones in other views."""
+    views = dict(zip(FLOORS, ("", ", cropped and mirrored as in training ", ", reconstructed by the autoencoder ")))
+    return "".join(text + format(content[key], form) for key, text in views.items() if key in content)
+
+
+def recognised_text(content):
+    """The floors of `recognised`, where they were measured."""
+    floors = content.get("recognised")
+    return f"recognised of the test images {floor_text(floors, '.2%')}; " if floors else ""
+
+
+def measured(columns, rows):
+    """The columns that any of the rows has a number for."""
+    keys = {key for row in rows for key in row}
+    return {title: column for title, column in columns.items() if column[0] in keys}
 
 
 def sampler_tables(content):
     """Lines of Markdown: a row for each model and setting."""
     yield (f"{content['num']:,} images of each way and seed; {content['metric']} to {content['n']:,} training images, "
-           f"floor (test images) {floor_text(content, '.3f')}; {content['device']}, PyTorch {content['torch']}")
+           f"floor (test images) {floor_text(content, '.3f')}; {recognised_text(content)}{content['device']}, "
+           f"PyTorch {content['torch']}")
     yield ""
     names = {row["hash"]: row["model"] for row in reversed(content["rows"])}  # a file's first name
-    lines = []
+    lines, columns = [], measured(SAMPLER_COLUMNS, content["rows"])
     for group in grouped(content["rows"], "hash", "way"):
         digest, way = group[0]["hash"], dict(group[0]["way"])
         name = names[digest]
@@ -151,9 +168,9 @@ def sampler_tables(content):
         sampler, steps = way.pop("sampler"), way.pop("steps")
         others = ", ".join(f"{key} {value}" for key, value in way.items()) or "-"
         lines.append([name, sampler, steps, others, group[0]["network_calls"], len(group),
-                      *means(group, SAMPLER_COLUMNS)])
-    yield from markdown_table(["model", "sampler", "steps", "other settings", "network calls", "seeds",
-                               *SAMPLER_COLUMNS], lines)
+                      *means(group, columns)])
+    yield from markdown_table(["model", "sampler", "steps", "other settings", "network calls", "seeds", *columns],
+                              lines)
 
 
 # ---- runs
@@ -170,8 +187,12 @@ def compare_runs(args):
     check_images(args.num, runs[0].config, "--num")
     real = runs[0].real_images(device)
     results.require(data=real.train.digest()[:12], extractor_hash=real.extractor.hash)
-    facts = {"metric": real.extractor.metric, **real.floors_to_all(args.num), "torch": torch.__version__}
-    latents = real_latents(runs[0].model.to(device, memory_format=memory_format(device)), real, device)
+    model = runs[0].model.to(device, memory_format=memory_format(device))
+    if model.use_vae:
+        real.reconstruct(model, device)
+    facts = {"metric": real.extractor.metric, **real.floors_to_all(args.num), "torch": torch.__version__,
+             "recognised": real.recognised_floors()}
+    latents = real_latents(model, real, device)
     labels = labels_like(real.test.labels, len(real.train.classes), args.num)
 
     # 2. errors and samples of each run, those that the file does not have
@@ -255,11 +276,10 @@ def run_tables(content):
     if content["rows"]:
         yield (f"{content['metric']} of {content['num']:,} samples to all held-out and all training images; "
                f"{content['num']:,} training images to the held-out ones: {floor_text(content, '.4g')}. "
-               f"Mean (± standard deviation) over the runs of a kind; {content['device']}, PyTorch {content['torch']}")
+               f"Mean (± standard deviation) over the runs of a kind; {recognised_text(content)}{content['device']}, "
+               f"PyTorch {content['torch']}")
         yield ""
-        lines, keys = [], {key for row in content["rows"] for key in row}
-        facts, columns = ({title: column for title, column in table.items() if column[0] in keys}
-                          for table in (FACTS, RUN_COLUMNS))
+        lines, (facts, columns) = [], (measured(table, content["rows"]) for table in (FACTS, RUN_COLUMNS))
         for group in grouped(content["rows"], *kind, "way"):
             first = group[0]
             way = ", ".join(str(v) if k in ("sampler", "steps") else f"{k} {v}" for k, v in first["way"].items())

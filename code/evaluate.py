@@ -35,7 +35,7 @@ def parse_args(argv=None):
     parser.add_argument("--num", type=positive, default=10000,
                         help="images to draw, or at most to read (default 10000)")
     parser.add_argument("--features", choices=list(EXTRACTORS), default=None,
-                        help="the network whose features are compared (default: classifier for MNIST, else inception)")
+                        help="the network whose features are compared (default: classifier for MNIST, else mobilenet)")
     add_sampler_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the noise that images are drawn from (default 0)")
     parser.add_argument("--batch-size", type=positive, default=200, help="images drawn at a time (default 200)")
@@ -96,6 +96,8 @@ def main(argv=None):
         labels = labels_like(real.test.labels, len(real.train.classes), args.num)
         model_labels = match_classes(labels, real, state.get("classes", real.train.classes))
         model.to(device, memory_format=memory_format(device))
+        if model.use_vae:
+            real.reconstruct(model, device)
         print(f"drawing {len(labels):,} images: " + ", ".join(f"{k} {v}" for k, v in settings.items())
               + f", seed {args.seed}: {network_calls(model, settings)} network calls an image", flush=True)
         with (fast_sampling(model, device, pick_precision(config["dtype"], device)),
@@ -150,15 +152,18 @@ def match_classes(labels, real, classes):
 def table(report):
     """The figures as lines of text: generated images between their floor, real images, and their ceiling, noise."""
     titles = {"generated": "   generated", "floor": "   test images", "floor_augmented": "   augmented",
+              "reconstructions": "   reconstructed",
               "ceiling": "       noise"}
     n, columns = report["n"], [key for key in titles if key in report]
-    yield f"noise: {report['ceiling_n']:,} images; label accuracy: of all images" + (
-        "; augmented: test images, cropped and mirrored as in training" if "floor_augmented" in report else "")
+    yield f"noise: {report['ceiling_n']:,} images; label accuracy, recognised: of all images" + (
+        "; augmented: test images, cropped and mirrored as in training" if "floor_augmented" in report else "") + (
+        "; reconstructed: test images, by the model's autoencoder" if "reconstructions" in report else "")
     rows = [(f"{report['metric']} to {n:,} training images", "fd_train", "{:.3f}"),
             (f"{report['metric']} to {n:,} test images", "fd_test", "{:.3f}"),
             ("kernel distance x 1000", "kd", "{:.3f}"),
             ("precision", "precision", "{:.3f}"), ("recall", "recall", "{:.3f}"),
-            ("label accuracy", "label_accuracy", "{:.2%}")]
+            ("label accuracy", "label_accuracy", "{:.2%}"),
+            ("recognised (ImageNet class of the label)", "recognised", "{:.2%}")]
     yield " " * 46 + "".join(titles[c] for c in columns)
     for text, key, form in rows:
         values = [form.format(report[c][key] * (1000 if key == "kd" else 1)) if key in report[c] else "-"

@@ -67,12 +67,15 @@ def test_samplers(models, call):
     labels = labels_like(real.test.labels, 2, 8)
     settings = sampling_settings(network, config, sampler="ddim", steps=4, eta=1)
     images = next(draw_images(network, labels, settings, seed=1))
+    real.reconstruct(network, "cpu")
     report = evaluate(ImageSet(to_uint8(images), labels), real, memorization=False)
     fd, floor = report["generated"]["fd_train"], report["floor"]["fd_train"]
     assert saved["rows"][-1]["fd_train"] == pytest.approx(fd, rel=1e-6)
     assert saved["rows"][-1]["floors"] == pytest.approx(fd / floor, rel=1e-6)
-    assert saved["floor_augmented"] == pytest.approx(report["floor_augmented"]["fd_train"], rel=1e-6)
-    assert f"{floor:.3f}, cropped and mirrored as in training {saved['floor_augmented']:.3f}; cpu" in lines[0]
+    augmented, ceiling = (report[key]["fd_train"] for key in ("floor_augmented", "reconstructions"))
+    assert [saved["floor_augmented"], saved["reconstructions"]] == pytest.approx([augmented, ceiling], rel=1e-6)
+    assert (f"{floor:.3f}, cropped and mirrored as in training {augmented:.3f}, reconstructed by the autoencoder "
+            f"{ceiling:.3f}; cpu") in lines[0]
 
     # the table: one line for each setting, the mean and deviation over its seeds
     assert len(lines) == 4 + 3 and lines[-1] in out and "| ddim | 4 | guidance_scale 1.0, eta 1.0 |" in lines[-1]

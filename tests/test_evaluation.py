@@ -41,7 +41,7 @@ def images(n, seed, low=0, high=256):
 def real_images(train, test):
     real = RealImages.__new__(RealImages)
     real.extractor, real.train, real.test, real.sets = Corners(), train, test, {"train": train, "test": test}
-    real.kept_baselines, real.augmented = {}, {}
+    real.kept_baselines, real.augmented, real.reconstructed = {}, {}, {}
     real.features = {split: real.extractor(s.images) for split, s in real.sets.items()}
     real.gaussians = {split: fit_gaussian(f) for split, f in real.features.items()}
     return real

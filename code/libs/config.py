@@ -90,8 +90,8 @@ SETTINGS = {
     "train_cfg.ema_decay": (0.999, number(0, 0.999999)),
     "train_cfg.keep_last": (None, optional(integer(1))),          # number of checkpoints to keep; null: all
 
-    # what evaluate.py and compare.py judge by; null: classifier for MNIST, else inception
-    "eval.features": (None, optional(one_of("classifier", "inception", "autoencoder"))),
+    # what evaluate.py and compare.py judge by; null: classifier for MNIST, else mobilenet
+    "eval.features": (None, optional(one_of("classifier", "mobilenet", "inception", "autoencoder"))),
 
     # how images are drawn; null takes the sampler's default. DDPM has ddpm (all timesteps) and ddim; every model has
     # heun (the default of EDM and Flow), euler, euler_ancestral and dpmpp_2m

@@ -1,4 +1,4 @@
-"""Images -> the features that sets of images are compared by: one interface to three networks.
+"""Images -> the features that sets of images are compared by: one interface to four networks.
 
 A Frechet distance has a name only with its extractor: "FID" is the Inception network's alone.
 """
@@ -16,6 +16,7 @@ from ..common.files import atomic_file, fits, read_tensors, save_tensors
 from ..data.images import to_channels
 from ..tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, build_encoder, in_parts, load_weights
 from .classifier import WEIGHTS, file_hash, load_classifier
+from .mobilenet import WEIGHTS as MOBILENET, load_mobilenet, recognised
 
 # the Inception network of Heusel et al. 2017, converted to PyTorch; its name ends in the first 8 digits of its SHA-256
 INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -50,6 +51,10 @@ class Extractor:
             parts = [self._features(part.to(self.device)).float().cpu() for part in images.split(BATCH)]
         return torch.cat(parts)
 
+    def recognised(self, features, labels, classes):
+        """See `mobilenet.recognised`. None: the network knows no photographs."""
+        return None
+
 
 class ClassifierExtractor(Extractor):
     """The digit classifier before its last layer: 128 numbers."""
@@ -71,6 +76,24 @@ class ClassifierExtractor(Extractor):
     def logits(self, features):
         """Features B x 128 -> logits B x 10 on the CPU: accuracy without a second pass over the images."""
         return self.network.head(features.to(self.device)).cpu()
+
+
+class MobileNetExtractor(Extractor):
+    """MobileNet before its last layer: 768 numbers, grey as three equal channels. Takes any size."""
+
+    name, metric = "mobilenet", "FD (MobileNet)"
+
+    def __init__(self, weights=None, device="cpu"):
+        path = weights or MOBILENET
+        self._load(path, load_mobilenet(path), device)
+        self.dim = self.network.feature_dim
+
+    def _features(self, images):
+        return self.network.features(to_channels(images, 3))
+
+    @torch.no_grad()
+    def recognised(self, features, labels, classes):
+        return recognised(self.network.head(features.to(self.device)), labels, classes)
 
 
 class InceptionExtractor(Extractor):
@@ -133,11 +156,12 @@ class AutoencoderExtractor(Extractor):
         return torch.cat([mean, (square - mean.square()).clamp(min=0).sqrt()], 1).flatten(1)
 
 
-EXTRACTORS = {kind.name: kind for kind in (ClassifierExtractor, InceptionExtractor, AutoencoderExtractor)}
+EXTRACTORS = {kind.name: kind for kind in (ClassifierExtractor, MobileNetExtractor, InceptionExtractor,
+                                           AutoencoderExtractor)}
 
 
 def load_extractor(name, device="cpu", weights=None):
-    """An `Extractor` by name: "classifier", "inception" or "autoencoder".
+    """An `Extractor` by name: "classifier", "mobilenet", "inception" or "autoencoder".
 
     Args:
         weights: its weight file. None: the one in pretrained/, or for "inception" the published one, which is fetched

@@ -2,9 +2,10 @@
 
 import torch
 
+from ..common.cli import progress_bar
 from ..common.errors import UsageError
 from ..common.seeds import seeded_generator
-from ..data.images import ImageSet, times
+from ..data.images import ImageSet, times, to_uint8
 from ..datasets import RandomViews, build_dataset
 from .features import cached_features, extract_features, load_extractor
 from .fid import fit_gaussian, frechet_distance, kernel_distance, precision_recall
@@ -13,7 +14,7 @@ from .memorization import MemorizationTest
 KD_SUBSET = 1000  # rows of one estimate of the kernel distance, the usual number
 NOISE_IMAGES = 2000  # of the ceiling, at most
 DRAWS = 5  # subsets of real images that a floor is the mean of
-FLOORS = ("floor", "floor_augmented")
+FLOORS = ("floor", "floor_augmented", "reconstructions")
 
 
 class RealImages:
@@ -28,6 +29,7 @@ class RealImages:
         augmented: split -> ImageSet, cropped and mirrored at random as in training; empty where training does neither.
         features, gaussians: split -> N x D, Gaussian.
         extractor: the Extractor.
+        reconstructed: split -> features of the images after a model's autoencoder; empty until `reconstruct`.
         shifts, mirrored: how a copy can differ from its image, as a model learns from random crops and mirrored images.
 
     Raises UsageError or RunError where the data or the extractor are missing.
@@ -35,10 +37,11 @@ class RealImages:
 
     def __init__(self, config, device):
         data, name = config["dataset"], config["eval"]["features"]
-        name = name or ("classifier" if data["name"] == "MNIST" else "inception")
+        name = name or ("classifier" if data["name"] == "MNIST" else "mobilenet")
         weights = config["model"]["vae_encoder_weights"] if name == "autoencoder" else None
         self.extractor = load_extractor(name, device, weights)
-        self.sets, self.augmented, self.features, self.gaussians, self.kept_baselines = {}, {}, {}, {}, {}
+        self.sets, self.augmented, self.reconstructed, self.kept_baselines = {}, {}, {}, {}
+        self.features, self.gaussians = {}, {}
         for split in ("train", "test"):
             dataset, _, _ = build_dataset(data["name"], split, data["data_folder"], data["img_size"], (0, 255),
                                           data["limit"] if split == "train" else None)
@@ -69,19 +72,34 @@ class RealImages:
         wanted = torch.bincount(labels_like(self.test.labels, len(self.train.classes), n))
         return torch.cat([order[labels[order] == k][:count] for k, count in enumerate(wanted)])
 
-    def floors(self, split, n, measure):
-        """Means of the numbers in measure(features n x D) over DRAWS subsets of a split, or of all test images.
+    def reconstruct(self, model, device):
+        """Encode and decode the test images by the autoencoder of `model`, on `device`, from now on for `floors`."""
+        images = (model.postprocess(model.encode(x.to(device) / 255)) for x in self.test.batches(50))
+        with progress_bar(len(self.test), "image", "reconstructions of the test images") as bar:
+            features = extract_features(self.extractor, (to_uint8(x.cpu()) for x in images), bar.update)
+        self.reconstructed["test"] = features
+        self.kept_baselines.clear()
 
-        Returns `floor`, of the images themselves, and where the data are augmented `floor_augmented`, of the same ones
-        cropped and mirrored at random: what a perfect model of all that it learns from would get.
-        """
-        whole = split == "test" and n == len(self.test)
-        draws = [self.order(split)] if whole else [self.like_test(split, n, draw) for draw in range(DRAWS)]
+    def views(self, split):
+        """Features of all images of a split, name of FLOORS -> N x D, see `floors`."""
         features = {"floor": self.features[split]}
         if split in self.augmented:
             features["floor_augmented"] = cached_features(self.extractor, self.augmented[split],
                                                           f"{split} images, cropped and mirrored")
-        numbers = {name: [measure(x[index]) for index in draws] for name, x in features.items()}
+        if split in self.reconstructed:
+            features["reconstructions"] = self.reconstructed[split]
+        return features
+
+    def floors(self, split, n, measure):
+        """Means of the numbers in measure(features n x D) over DRAWS subsets of a split, or of all test images.
+
+        Returns `floor`, of the images themselves, and where the data are augmented `floor_augmented`, of the same ones
+        cropped and mirrored at random: what a perfect model of all that it learns from would get. After `reconstruct`
+        also `reconstructions`: what a perfect model of the latents would get.
+        """
+        whole = split == "test" and n == len(self.test)
+        draws = [self.order(split)] if whole else [self.like_test(split, n, draw) for draw in range(DRAWS)]
+        numbers = {name: [measure(x[index]) for index in draws] for name, x in self.views(split).items()}
         return {name: {key: sum(each[key] for each in found) / len(found) for key in found[0]}
                 for name, found in numbers.items()}
 
@@ -92,9 +110,23 @@ class RealImages:
             noise = torch.randint(256, (count, *self.train.shape[1:]), dtype=torch.uint8,
                                   generator=seeded_generator("noise"))
             noise = extract_features(self.extractor, noise.split(200))
-            self.kept_baselines[n] = {**self.floors("test", n, lambda features: _distances(features, train, None)),
-                                      "ceiling": _distances(noise, train, test), "ceiling_n": count}
+            labels = labels_like(self.test.labels, len(self.train.classes), count)
+            found = self.floors("test", n, lambda features: _distances(features, train, None))
+            for name, share in self.recognised_floors().items():
+                found[name]["recognised"] = share
+            self.kept_baselines[n] = {**found, "ceiling_n": count,
+                                      "ceiling": _distances(noise, train, test) | self.recognised(noise, labels)}
         return self.kept_baselines[n]
+
+    def recognised(self, features, labels):
+        """{"recognised": share}, see `mobilenet.recognised`, or {} where that cannot be said. labels: N, or None."""
+        share = None if labels is None else self.extractor.recognised(features, labels, self.train.classes)
+        return {} if share is None else {"recognised": share}
+
+    def recognised_floors(self):
+        """name of FLOORS -> share recognised of all test images in that view; empty where that cannot be said."""
+        found = {name: self.recognised(features, self.test.labels) for name, features in self.views("test").items()}
+        return {name: numbers["recognised"] for name, numbers in found.items() if numbers}
 
     def floors_to_all(self, n):
         """The `floors` of `distances_to_all`: name -> Frechet distance of `n` training images to all test images."""
@@ -121,17 +153,17 @@ def evaluate(generated, real, memorization=True):
     """All numbers of one set of generated images.
 
     Args:
-        generated: ImageSet of the real images' shape; label accuracy needs its `labels`.
+        generated: ImageSet of the real images' shape; label accuracy and `recognised` need its `labels`.
         real: RealImages.
         memorization: look for copies of training images too (the slowest part).
 
     Returns:
         dict of plain values: `n` images of each set were compared with each other; `generated`, `floor` (the test
-        images in their place), perhaps `floor_augmented` (see RealImages.floors) and `ceiling` (noise) each have
-        `fd_train`, `fd_test`, `kd`, `kd_std` where n is above KD_SUBSET, `precision`, `recall` and, where the extractor
-        can read labels, `label_accuracy`; where more than `n` were generated, `fd_train_all` and `fd_test_all` are of
-        all images (numbers of them in `n_all`: generated, training, test); `memorization` is the report of a
-        MemorizationTest.
+        images in their place), perhaps `floor_augmented` and `reconstructions` (see RealImages.floors) and `ceiling`
+        (noise) each have `fd_train`, `fd_test`, `kd`, `kd_std` where n is above KD_SUBSET, `precision`, `recall` and,
+        where the extractor can read labels, `label_accuracy` or `recognised`; where more than `n` were generated,
+        `fd_train_all` and `fd_test_all` are of all images (numbers of them in `n_all`: generated, training, test);
+        `memorization` is the report of a MemorizationTest.
 
     Raises:
         UsageError: images of another shape, or too few.
@@ -153,6 +185,7 @@ def evaluate(generated, real, memorization=True):
         for split in ("train", "test"):
             report[f"fd_{split}_all"] = frechet_distance(fit_gaussian(features), real.gaussians[split])
         report["n_all"] = [len(features), len(real.train), len(real.test)]
+    report["generated"] |= real.recognised(features, generated.labels)
     if getattr(extractor, "classes", None) == list(real.train.classes):  # it can read these labels
         report["floor"] = report["floor"] | _label_accuracy(extractor, real.features["test"], real.test.labels)
         if generated.labels is not None:
@@ -168,7 +201,7 @@ def distances_to_all(generated, real):
     """The distances of one set of generated images to *all* training and test images, whatever its size.
 
     Returns name -> number: `fd_train`, `fd_test`; `precision` and `recall` with as many training images; where the
-    features are of a classifier of these classes, `label_accuracy`. The floors of `fd_test` are `real.floors_to_all`.
+    extractor can read labels, `label_accuracy` or `recognised`. The floors of `fd_test` are `real.floors_to_all`.
     """
     features = extract_features(real.extractor, generated.batches())
     gaussian = fit_gaussian(features)
@@ -177,7 +210,7 @@ def distances_to_all(generated, real):
     numbers["precision"], numbers["recall"] = precision_recall(real.subset("train", n), features[:n])
     if getattr(real.extractor, "classes", None) == list(real.train.classes):
         numbers["label_accuracy"] = _label_accuracy(real.extractor, features, generated.labels)["label_accuracy"]
-    return numbers
+    return numbers | real.recognised(features, generated.labels)
 
 
 @torch.no_grad()
