@@ -16,8 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 FOLDERS = ("code", "writeup", "results")
 TOP_FILES = ("README.md", "requirements.txt")
+SHIPPED_MODEL = ROOT / "pretrained/mnist_cpu.pth.tar"
 LIMIT = 50e6  # bytes
 PLACEHOLDER = "to be filled in"
+YOURS = ("yours to write: UNet.forward (code/libs/unet.py); q_sample, p_sample, p_sample_loop, compute_loss "
+         "(code/libs/ddpm.py); the runs, and what the report says of them")
 
 LEFT_OUT_FOLDERS = {"data", "logs", "models", "checkpoints"}
 LEFT_OUT_FILES = {
@@ -190,7 +193,8 @@ def write(files, output):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, metavar="PATH", help="also pack this trained model, as results/model/NAME")
+    parser.add_argument("--model", type=Path, metavar="PATH", default=SHIPPED_MODEL if SHIPPED_MODEL.is_file() else None,
+                        help="the trained model to pack, as results/model/NAME (default: pretrained/mnist_cpu.pth.tar)")
     parser.add_argument("--output", type=Path, metavar="PATH", default=ROOT / "submission.zip",
                         help="default: submission.zip beside this script")
     parser.add_argument("--overwrite", action="store_true", help="replace the zip if it is there")
@@ -224,6 +228,9 @@ def main():
     for name, path in sorted(files.items()):
         if path.suffix == ".tex" and PLACEHOLDER in path.read_text(encoding="utf-8", errors="replace"):
             print(f"warning: {name} still says {PLACEHOLDER!r}: your names and contributions")
+    if args.model == SHIPPED_MODEL:
+        print("warning: the model is the one that ships; --model logs/RUN/model_final.pth.tar packs yours")
+    print(YOURS)
     print(f"wrote {args.output}: {len(files)} files, {size / 1e6:.2f} MB")
 
 

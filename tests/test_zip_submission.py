@@ -87,7 +87,7 @@ def test_the_three_folders_with_the_configs(project):
 
 def test_names_that_were_not_filled_in(project):
     put(project, {"writeup/report.tex": r"\author{Names: to be filled in}"})
-    warning, last = run(project).stdout.splitlines()[-2:]
+    warning, _, last = run(project).stdout.splitlines()[-3:]
     assert warning.startswith("warning: writeup/report.tex") and last.startswith("wrote ")
     put(project, {"writeup/report.tex": r"\author{Ada, Grace}"})
     assert "warning" not in run(project, "--overwrite").stdout
@@ -212,6 +212,16 @@ def test_one_model(project, folder):
     packed = content(project / "submission.zip")
     assert set(packed) == PACKED | {"results/model/final.pth.tar"}
     assert packed["results/model/final.pth.tar"] == b"weights"
+
+
+def test_the_shipped_model_where_none_is_named(project):
+    put(project, {"pretrained/mnist_cpu.pth.tar": "weights", "logs/run/final.pth.tar": "mine"})
+    output = run(project).stdout
+    assert content(project / "submission.zip")["results/model/mnist_cpu.pth.tar"] == b"weights"
+    assert "warning: the model is the one that ships" in output and "yours to write: UNet.forward" in output
+    result = run(project, "--overwrite", "--model", project / "logs/run/final.pth.tar")
+    assert "the one that ships" not in result.stdout and "yours to write" in result.stdout
+    assert set(content(project / "submission.zip")) == PACKED | {"results/model/final.pth.tar"}
 
 
 def test_overwriting_has_to_be_asked_for(project):
