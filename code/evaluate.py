@@ -61,7 +61,7 @@ def main(argv=None):
     else:
         checkpoint = model_file(source)
         state = load_checkpoint(checkpoint, libs.load_config(args.config) if args.config else None)
-        model, config = model_from(state, checkpoint, ema="state_dict_ema" in state)
+        model, config = model_from(state, checkpoint, ema="state_dict_ema" in state, guide=args.guide)
         settings = sampling_settings(model, config, **sampler_flags(args))
         name, folder = os.path.basename(checkpoint).split(".")[0], os.path.dirname(os.path.abspath(checkpoint))
         run_folder = folder if is_run(folder) else None

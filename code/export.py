@@ -1,12 +1,14 @@
 """Keep of a checkpoint what sampling needs, the averaged weights and the configuration: a fraction of its size.
 
-python code/export.py RUN model.pth.tar --half"""
+python code/export.py RUN model.pth.tar --half
+python code/export.py RUN model.pth.tar --set sample_cfg.steps=10       from now on drawn with that"""
 
 import os
 
 from libs.common.checkpoint import load_checkpoint, model_file, save_checkpoint
 from libs.common.cli import Parser, check_output, run
-from libs.config import portable
+from libs.common.errors import UsageError, shown
+from libs.config import portable, set_values
 from libs.models import model_from
 
 
@@ -15,6 +17,7 @@ def parse_args(argv=None):
     parser.add_argument("checkpoint", help="a checkpoint of train.py, or a run folder")
     parser.add_argument("output", help="file to write; sample.py and evaluate.py read it, train.py cannot resume from it")
     parser.add_argument("--half", action="store_true", help="store fp16: half the size again")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of sample_cfg or eval")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     return parser.parse_args(argv)
 
@@ -24,6 +27,10 @@ def main(argv=None):
     check_output(args.output, args.overwrite, "output")
     path = model_file(args.checkpoint)
     state = load_checkpoint(path)
+    wrong = next((item for item in args.set if not item.startswith(("sample_cfg.", "eval."))), None)
+    if wrong:
+        raise UsageError(f"--set: {shown(wrong)} changes nothing in sample_cfg or eval; the rest is what training was")
+    state["config"] = set_values(state["config"], args.set)
     _, config = model_from(state, path)  # refuses what nobody could draw with
     kept = {k: state[k] for k in ("epoch", "step", "classes", "autoencoder") if k in state}
     kept["config"] = config = portable(config)

@@ -66,7 +66,7 @@ def main(argv=None):
     args = parse_args(argv)
     path = model_file(args.checkpoint)
     state = load_checkpoint(path, load_config(args.config) if args.config else None)
-    model, config = model_from(state, path, ema="state_dict_ema" in state)
+    model, config = model_from(state, path, ema="state_dict_ema" in state, guide=args.guide)
     kind = kind_of_output(args.output, args.overwrite)
     settings = sampling_settings(model, config, **sampler_flags(args))
     classes = parse_labels(args.labels, model.num_classes)

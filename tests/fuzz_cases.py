@@ -41,12 +41,12 @@ DIFFUSION = ["txt2img.py sd.yaml --ckpt sd.safetensors --prompt cat",
 OTHERS = ["benchmark.py no.yaml --rounds 1", "train_classifier.py --data-folder images --limit 10 --output c.pth"]
 
 BASIC = "--num --seed --batch-size --device --output"
-SAMPLING = "--sampler --steps --guidance-scale --guidance-interval --clip --no-clip --eta --spacing --S-churn"
+SAMPLING = "--sampler --steps --guidance-scale --guidance-interval --clip --no-clip --eta --spacing --S-churn --guide"
 FLAGS = {"train.py": "-p -c --output --resume --set --dry-run",
          "train_autoencoder.py": "-p -c --output --resume --set --dry-run --evaluate",
          "sample.py": f"--config --labels {BASIC} {SAMPLING}",
          "evaluate.py": f"--config --features --data-folder {BASIC} {SAMPLING}",
-         "compare.py": f"--seeds --sampler {BASIC}", "export.py": "--half",
+         "compare.py": f"--seeds --sampler {BASIC}", "export.py": "--half --set",
          "plot_results.py": "--output --epochs --columns",
          "txt2img.py": "--ckpt --prompt --prompts --negative-prompt --vae --weights --sampler --steps "
                        f"--guidance-scale --height --width --dtype {BASIC}",

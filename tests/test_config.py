@@ -111,7 +111,7 @@ def test_every_model_and_sampler_is_in_every_table():
     assert MODELS.keys() == DEFAULT_SAMPLER.keys() == MODEL_SETTINGS.keys()
     assert SOLVERS.keys() == SAMPLERS.keys() - {"ddpm", "ddim"} and set(DEFAULT_SAMPLER.values()) <= SAMPLERS.keys()
     settings = {key.removeprefix("sample_cfg.") for key in SETTINGS if key.startswith("sample_cfg.")}
-    assert SAMPLER_FLAGS.keys() == settings
+    assert {*SAMPLER_FLAGS, "guide"} == settings
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -97,7 +97,10 @@ SETTINGS = {
     # heun (the default of EDM and Flow), euler, euler_ancestral and dpmpp_2m
     "sample_cfg.sampler": (None, optional(one_of("ddpm", "ddim", "heun", "euler", "euler_ancestral", "dpmpp_2m"))),
     "sample_cfg.steps": (None, optional(integer(1, 10 ** 4))),
-    "sample_cfg.guidance_scale": (1.0, number(0)),                # other than 1 needs model.label_dropout
+    "sample_cfg.guidance_scale": (1.0, number(0)),                # other than 1 needs model.label_dropout or a guide
+    # checkpoint of a weaker model of the same images, smaller and trained less: what guidance leads away from, in place
+    # of the model itself without a label (autoguidance); not with ddpm and ddim
+    "sample_cfg.guide": (None, optional(text())),
     # [sigma_lo, sigma_hi]: guide only at these noise levels; null: at all
     "sample_cfg.guidance_interval": (None, optional(list_of(number(0), 2))),
     # keep predicted pixels in [-1, 1]; null: true for a DDPM in pixels, except with ddpm; else false
@@ -127,7 +130,8 @@ MODEL_SETTINGS["Flow"] = {key: value for key, value in MODEL_SETTINGS["EDM"].ite
     "model.P_mean": (0.0, number(-100, 100)), "model.P_std": (1.0, number(1e-6, 100))}
 
 RULES = {key: rule for table in (SETTINGS, *MODEL_SETTINGS.values()) for key, (_, rule) in table.items()}
-PATHS = ("output_folder", "dataset.data_folder", "model.vae_encoder_weights", "model.vae_decoder_weights")
+PATHS = ("output_folder", "dataset.data_folder", "model.vae_encoder_weights", "model.vae_decoder_weights",
+         "sample_cfg.guide")
 # keys in checkpoints of earlier versions, with the only value that they may have
 RETIRED = {"model.scale_betas": False, "model.min_snr_gamma": None, "train_cfg.cuda_graphs": None, "eval.every": None,
            "eval.num": 1000, "sample_cfg.S_min": None, "sample_cfg.S_max": None, "sample_cfg.S_noise": None}
@@ -287,9 +291,9 @@ def _check_combinations(config):
         for key in ("vae_encoder_weights", "vae_decoder_weights"):
             if model[key] is None:
                 raise UsageError(f"config: model.use_vae needs model.{key}, the path of a weight file")
-    if sampling["guidance_scale"] != 1 and model["label_dropout"] == 0:
+    if sampling["guidance_scale"] != 1 and model["label_dropout"] == 0 and sampling["guide"] is None:
         raise UsageError(f"config: sample_cfg.guidance_scale is {sampling['guidance_scale']}; "
-                         "other than 1 it needs model.label_dropout above 0 (0.1 is usual)")
+                         "other than 1 it needs model.label_dropout above 0 (0.1 is usual), or sample_cfg.guide")
 
 
 # ---- sample_cfg on the command line
@@ -298,7 +302,7 @@ def _check_combinations(config):
 SAMPLER_FLAGS = {
     "sampler": RULES["sample_cfg.sampler"][0].removeprefix("null or ") + "; ddpm and ddim draw from a DDPM only",
     "steps": "number of steps (default: ddim and euler 50, heun 18, dpmpp_2m 20; ddpm takes every timestep)",
-    "guidance_scale": "classifier-free guidance, 1 is none; needs a model trained with model.label_dropout",
+    "guidance_scale": "guidance, 1 is none; needs a model trained with model.label_dropout, or a guide",
     "guidance_interval": "guide only at noise levels LO < sigma <= HI",
     "clip": "keep predicted pixels in [-1, 1]",
     "eta": "fresh noise in each step, 0 to 1: ddim, euler_ancestral, dpmpp_2m",
@@ -316,6 +320,7 @@ def add_sampler_flags(parser):
     types |= {key: {"type": float, "metavar": "X"} for key in ("guidance_scale", "eta", "S_churn")}
     for key, description in SAMPLER_FLAGS.items():
         group.add_argument("--" + key.replace("_", "-"), default=None, help=description, **types.get(key, {}))
+    group.add_argument("--guide", default=None, metavar="CHECKPOINT", help="a weaker model to guide away from")
 
 
 def sampler_flags(args):

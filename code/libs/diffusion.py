@@ -35,6 +35,7 @@ class Diffusion(nn.Module):
         self.dropout = unet_options.get("dropout", 0.0)
         self.use_vae = use_vae
         self.vae = TAESD(vae_encoder_weights, vae_decoder_weights) if use_vae else None
+        self.guide = None  # a weaker model that `solve` leads away from
         self.img_shape = TAESD.latent_shape(img_shape) if use_vae else tuple(img_shape)
         self.model = UNet(
             dim, context_dim, num_classes, in_channels=self.img_shape[0], dim_mults=dim_mults,
@@ -42,26 +43,26 @@ class Diffusion(nn.Module):
         )
         self.model.check_size(*self.img_shape[1:], scale=DOWNSCALE if use_vae else 1)
 
-    # ---- the autoencoder is a tool, not a part: never trained, never saved
+    # ---- autoencoder and guide are tools, not parts: never trained, never saved
 
     def train(self, mode=True):
         super().train(mode)
-        if self.vae is not None:
-            self.vae.eval()
+        for tool in filter(None, (self.vae, self.guide)):
+            tool.eval()
         return self
 
     def state_dict(self, *args, **kwargs):
         state = super().state_dict(*args, **kwargs)
-        for key in [k for k in state if k.startswith("vae.")]:
+        for key in [k for k in state if k.startswith(("vae.", "guide."))]:
             del state[key]
         return state
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
-        vae, self.vae = self.vae, None
+        tools, self.vae, self.guide = (self.vae, self.guide), None, None
         try:
             return super().load_state_dict(state_dict, strict, assign)
         finally:
-            self.vae = vae
+            self.vae, self.guide = tools
 
     @torch.no_grad()
     def encode(self, images):
@@ -132,7 +133,7 @@ class Diffusion(nn.Module):
     # ---- sampling
 
     def check_guidance(self, guidance_scale):
-        """Raise UsageError unless the model can be guided by this."""
+        """Raise UsageError unless the model can be guided by this without a `guide`."""
         if guidance_scale not in (None, 1.0) and self.label_dropout == 0:
             raise UsageError(
                 f"guidance_scale: {guidance_scale} needs a model that was trained with model.label_dropout > 0; "
@@ -167,7 +168,12 @@ class Diffusion(nn.Module):
         sigmas = karras_sigmas(steps, *self.sigma_range)
 
         def denoise(x, sigma):
-            D = self.denoise(x, sigma, label, guidance_at(sigma, guidance_scale, guidance_interval))
+            scale = guidance_at(sigma, guidance_scale, guidance_interval)
+            if self.guide is None or scale == 1:
+                D = self.denoise(x, sigma, label, scale)
+            else:  # autoguidance, Karras et al. 2024 (arXiv 2406.02507): on from where a weaker model would go
+                D_guide = self.guide.denoise(x, sigma, label)
+                D = D_guide + scale * (self.denoise(x, sigma, label) - D_guide)
             return D.clamp(-1, 1) if clip else D
 
         def report(step, steps, x):
@@ -187,15 +193,17 @@ class Diffusion(nn.Module):
             noise: B x *img_shape, standard normal: where the reverse process starts; None draws it.
             generator: source of all randomness; None is torch's global one. A function (step, shape) -> noise
                 such as samplers.image_generator lets each image have its own.
-            guidance_scale: see `guided`.
+            guidance_scale: see `guided`; with a `guide`, away from what that one would draw.
             guidance_interval: (sigma_lo, sigma_hi): guide only at these noise levels; None: at all.
             clip: keep the predicted image in [-1, 1] in every step; not for latents.
             callback: called as callback(step, steps, x) after every step. Its x is the state in DDPM's scaling,
                 sqrt(abar) x_0 + sqrt(1 - abar) noise, whatever the solver's.
             options: the solver's own.
 
-        Raises UsageError for a label outside the classes, or guidance of a model trained without label dropout.
+        Raises UsageError for a label outside the classes, or guidance of a model that has no guide and was trained
+        without label dropout.
         """
-        self.check_guidance(options.get("guidance_scale"))
+        if self.guide is None:
+            self.check_guidance(options.get("guidance_scale"))
         labels, x = self.start(labels, noise, generator)
         return self.postprocess(self.solve(x, labels, solver, steps, generator=generator, **options))

@@ -5,7 +5,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from .common.checkpoint import load_checkpoint
+from .common.checkpoint import load_checkpoint, model_file
 from .common.errors import UsageError, display_path
 from .common.files import load_tensors
 from .common.memory import check_memory
@@ -21,7 +21,7 @@ from .samplers import SOLVERS, guidance_at, image_generator, karras_sigmas
 MODELS = {"DDPM": DDPM, "EDM": EDM, "Flow": Flow}
 DEFAULT_SAMPLER = {"DDPM": "ddim", "EDM": "heun", "Flow": "heun"}
 GRID_SAMPLER = {"DDPM": "ddpm"}  # of training's grids, where another: the handout's p_sample_loop
-GUIDANCE = ("guidance_scale", "guidance_interval", "clip")  # settings that every sampler has, beside "steps"
+GUIDANCE = ("guidance_scale", "guidance_interval", "guide", "clip")  # settings that every sampler has, beside "steps"
 COMMON_SETTINGS = ("steps", *GUIDANCE)
 
 
@@ -130,7 +130,14 @@ def sampling_settings(model, config, **given):
     lo, hi = settings.get("guidance_interval", (0, 1))
     if not lo < hi:
         raise UsageError(f"guidance_interval: {[lo, hi]} is not [sigma_lo, sigma_hi] with sigma_lo < sigma_hi")
-    model.check_guidance(settings["guidance_scale"])
+    if model.guide is None:
+        model.check_guidance(settings["guidance_scale"])
+    elif settings["guidance_scale"] == 1:
+        del settings["guide"]
+    elif name not in SOLVERS:
+        raise UsageError(f"guide: the sampler {name} does not take it; {', '.join(SOLVERS)} do")
+    else:
+        settings["guide"] = display_path(settings["guide"])
     return settings
 
 
@@ -144,7 +151,7 @@ def network_calls(model, settings):
 
 def sample_images(model, labels, settings, noise=None, generator=None, callback=None):
     """Draw one image per label, B -> B x C x H x W in [0, 1], by complete `settings`; see Diffusion.sample."""
-    settings = dict(settings)
+    settings = {key: value for key, value in settings.items() if key != "guide"}  # the model has it
     draw = SAMPLERS[settings.pop("sampler")].draw
     return draw(model, labels, noise=noise, generator=generator, callback=callback, **settings)
 
@@ -194,6 +201,8 @@ def build_model(config, training=None):
     if training:  # gradients, average and two moments too
         check_memory(20 * n, f"training a network of {n:,} parameters", remedy, training)
     model = kind(**settings)
+    if config["sample_cfg"]["guide"]:
+        model.guide = load_guide(config["sample_cfg"]["guide"], model)
     try:
         sampling_settings(model, config)
     except UsageError as e:
@@ -210,9 +219,24 @@ def load_model(path, ema=True):
     return model_from(load_checkpoint(path), path, ema)
 
 
-def model_from(state, path, ema=True):
-    """`load_model` for the `state` that was read from `path`."""
+def load_guide(path, model):
+    """The averaged model of a checkpoint or run folder, to guide `model`. Raises UsageError for one that cannot."""
+    path = model_file(path)
+    state = load_checkpoint(path)
+    guide, _ = model_from({**state, "config": {**state["config"], "sample_cfg": {}}}, path)  # nor has it a guide
+    for what in ("use_vae", "img_shape", "num_classes"):
+        if getattr(guide, what) != getattr(model, what):
+            raise UsageError(f"guide: {display_path(path)} has {what} {getattr(guide, what)}, the model that it is to "
+                             f"guide {getattr(model, what)}")
+    if model.use_vae and guide.vae.hashes() != model.vae.hashes():
+        raise UsageError(f"guide: {display_path(path)} was trained in the latents of another autoencoder")
+    return guide.requires_grad_(False)
+
+
+def model_from(state, path, ema=True, guide=None):
+    """`load_model` for the `state` that was read from `path`. guide: a checkpoint in place of the configuration's."""
     config = config_of(state, path)
+    config["sample_cfg"]["guide"] = guide or config["sample_cfg"]["guide"]
     model = build_model(config)
     check_autoencoder(model, state, config, path)
     key = "state_dict_ema" if ema else "state_dict"

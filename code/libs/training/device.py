@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 
@@ -131,10 +131,19 @@ def _trial_loss(model, dataset, device, precision, n):
 
 @contextmanager
 def fast_sampling(model, device, precision):
-    """A context in which images are drawn from `model`, in eval mode, faster: its network computes in `precision` and,
-    on a GPU, through CUDA graphs. What it returns has the dtype of its input, so that all sums stay in fp32.
+    """A context in which images are drawn from `model`, in eval mode, faster: its network, and that of its guide,
+    computes in `precision` and, on a GPU, through CUDA graphs. What it returns has the dtype of its input, so that all
+    sums stay in fp32.
     """
-    network, before = model.model, model.model.forward
+    with ExitStack() as stack:
+        for each in filter(None, (model, getattr(model, "guide", None))):
+            stack.enter_context(_fast(each.model, device, precision))
+        yield
+
+
+@contextmanager
+def _fast(network, device, precision):
+    before = network.forward
     own = vars(network).get("forward")  # of `prepare_network`
 
     def forward(*inputs):

@@ -17,12 +17,12 @@ class ModelEMA:
     """Exponential moving average of a model's weights, in `.module`.
 
     The decay rises to `decay` as (1 + n) / (10 + n) with the number of updates n, so that the first,
-    random weights are soon forgotten. An autoencoder (`.vae`) is shared, not copied.
+    random weights are soon forgotten. An autoencoder (`.vae`) and a `.guide` are shared, not copied.
     """
 
     def __init__(self, model, decay=0.999):
-        vae = getattr(model, "vae", None)
-        self.module = copy.deepcopy(model, {id(vae): vae} if vae is not None else None).eval()
+        tools = [tool for tool in (getattr(model, "vae", None), getattr(model, "guide", None)) if tool is not None]
+        self.module = copy.deepcopy(model, {id(tool): tool for tool in tools}).eval()
         self.module.requires_grad_(False)
         self.decay = decay
         self.updates = 0
@@ -33,7 +33,7 @@ class ModelEMA:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         pairs = zip(self.module.named_parameters(), model.parameters())
-        ours, theirs = zip(*[(own, new) for (name, own), new in pairs if not name.startswith("vae.")])
+        ours, theirs = zip(*[(own, new) for (name, own), new in pairs if not name.startswith(("vae.", "guide."))])
         torch._foreach_lerp_(ours, theirs, 1 - decay)
         for own, new in zip(self.module.buffers(), model.buffers()):
             own.copy_(new)
