@@ -1,7 +1,7 @@
 """Keep of a checkpoint what sampling needs, the averaged weights and the configuration: a fraction of its size.
 
 python code/export.py RUN model.pth.tar --half
-python code/export.py RUN model.pth.tar --set sample_cfg.steps=10       from now on drawn with that"""
+python code/export.py RUN model.pth.tar --set sample_cfg.steps=10      another default for drawing"""
 
 import os
 
@@ -29,7 +29,7 @@ def main(argv=None):
     state = load_checkpoint(path)
     wrong = next((item for item in args.set if not item.startswith(("sample_cfg.", "eval."))), None)
     if wrong:
-        raise UsageError(f"--set: {shown(wrong)} changes nothing in sample_cfg or eval; the rest is what training was")
+        raise UsageError(f"--set: {shown(wrong)}: only sample_cfg and eval can be changed; the rest says what training was")
     state["config"] = set_values(state["config"], args.set)
     _, config = model_from(state, path)  # refuses what nobody could draw with
     kept = {k: state[k] for k in ("epoch", "step", "classes", "autoencoder") if k in state}
@@ -38,6 +38,8 @@ def main(argv=None):
     for section, key, default in ((config, "output_folder", "../logs"), (config["dataset"], "data_folder", own)):
         if os.path.isabs(section[key]):  # outside the project, and nowhere else
             section[key] = default
+    if os.path.isabs(config["sample_cfg"]["guide"] or ""):
+        print(f"note: the guide, {config['sample_cfg']['guide']}, is outside the project; the file needs it there")
     kept["state_dict_ema"] = {k: v.half() if args.half and k.startswith("model.") else v
                               for k, v in state["state_dict_ema"].items()}
     save_checkpoint(kept, False, *os.path.split(os.path.abspath(args.output)))

@@ -168,7 +168,7 @@ def test_shipped_tables_are_those_of_their_rows(name, lists, tables):
     assert results.text() + "\n" == (ROOT / f"results/{name}.md").read_text()
 
 
-def test_shipped_rows_would_not_be_drawn_again():
+def test_shipped_rows_are_found_by_their_settings():
     results = Results(str(ROOT / "results/mnist_cpu/samplers.json"), ["rows"], compare.sampler_tables)
     trained, digest = compare.TrainedRun(str(ROOT / "pretrained/mnist_cpu.pth.tar")), results.content["rows"][0]["hash"]
     texts = ["config", "dpmpp_2m:8 eta=0", "dpmpp_2m:10 eta=0.5 guidance_interval=0,8", "heun:9"]

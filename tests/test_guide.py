@@ -1,9 +1,12 @@
 """Autoguidance: a weaker model that sampling leads away from, in closed form and through the scripts."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
 
+import evaluate
 import export
 import libs
 import sample
@@ -73,7 +76,7 @@ def test_interval_and_cost():
     sample_images(model, labels, settings, generator=image_generator(0, range(1)))
     assert model.guide.seen == [float(sigma) for sigma in levels if 0.1 < sigma <= 5] and 0 < len(model.guide.seen) < 12
     assert network_calls(model, settings) == 12 + len(model.guide.seen)
-    assert settings["guide"].endswith("other.pth.tar")
+    assert settings["guide"].count("/") == 1 and settings["guide"].endswith("/other.pth.tar")
     assert "guide" not in sampling_settings(model, config, guidance_scale=1.0)
 
 
@@ -111,9 +114,8 @@ def drawn(path, *arguments):
 def test_scripts(place, capsys):
     """--guide, and a checkpoint that export.py wrote one into."""
     plain, guided = drawn(place.model), drawn(place.model, "--guide", place.guide, "--guidance-scale", 3)
-    assert "guide guide.pth.tar" in capsys.readouterr().out
-    model, _ = load_model(str(place.model))
-    model.guide = load_model(str(place.guide))[0]
+    assert f"guide {place.root.name}/guide.pth.tar" in capsys.readouterr().out
+    model, _ = load_model(str(place.model), guide=str(place.guide))
     images = torch.cat([model.sample(torch.tensor([k]), "heun", 2, generator=image_generator(0, [k]), guidance_scale=3.0)
                         for k in (0, 1)])
     assert (images * 255 - guided).abs().max() <= 1 and not torch.equal(plain, guided)
@@ -134,11 +136,11 @@ def test_a_guide_that_names_a_guide(place):
 
 
 def test_training_leaves_the_guide_alone(place):
-    """Grids are guided; the guide is in no checkpoint."""
-    settings = ["model_name=EDM", "train_cfg.epochs=1", "train_cfg.num_eval_samples=1", f"sample_cfg.guide={place.guide}"]
-    for name, scale in (("a", 1), ("b", 4)):
+    """Grids are guided; the guide is in no checkpoint, and no weight learns otherwise."""
+    settings = ["model_name=EDM", "train_cfg.epochs=1", "train_cfg.num_eval_samples=1"]
+    for name, more in (("a", []), ("b", [f"sample_cfg.guide={place.guide}", "sample_cfg.guidance_scale=4"])):
         train.main([str(place.config), "-c", "1", "--output", name, *(
-            x for s in [*settings, f"sample_cfg.guidance_scale={scale}"] for x in ("--set", s))])
+            x for s in [*settings, *more] for x in ("--set", s))])
     (a, b), grids = ([place.runs / f"tiny_{name}" / file for name in "ab"] for file in ("model_final.pth.tar", "sample-0.png"))
     a, b = (libs.load_checkpoint(str(path)) for path in (a, b))
     assert not any(key.startswith("guide") for key in (*a["state_dict"], *a["state_dict_ema"]))
@@ -148,21 +150,46 @@ def test_training_leaves_the_guide_alone(place):
 
 @pytest.mark.parametrize("checkpoint, arguments, message", [
     ("model", ["--guide", "nowhere.pth.tar"], "no file .*nowhere.pth.tar"),
-    ("model", ["--guide", "tiny.yaml"], "tiny.yaml is damaged or no checkpoint"),
+    ("model", ["--guide", "tiny.yaml"], "guide: checkpoint tiny.yaml is damaged or no checkpoint"),
+    ("model", ["--guide", "guide.pth.tar", "--guidance-scale", "1"], "guide: at guidance_scale 1 it is not used"),
+    ("model", ["--guide", "reverse.pth.tar"], "guide: its classes are dog, cat, those of model.pth.tar cat, dog"),
+    ("latents", ["--guide", "others.pth.tar"], "guide: others.pth.tar was trained in the latents of another autoencoder"),
     ("model", ["--guide", "wide.pth.tar"], r"guide: wide.pth.tar has img_shape \(3, 32, 32\), the model .* \(3, 16, 16\)"),
-    ("ddpm", ["--guide", "guide.pth.tar", "--sampler", "ddim"], "guide: the sampler ddim does not take it; heun, euler"),
+    ("ddpm", ["--guide", "guide.pth.tar", "--sampler", "ddim"], "guide: only heun, euler, .* take it, not ddpm and ddim"),
     ("model", ["--guidance-scale", "3"], "label_dropout"),
 ])
 def test_what_is_refused(place, checkpoint, arguments, message):
     place.checkpoint("model_name=EDM", "dataset.img_size=32").rename("wide.pth.tar")
+    place.checkpoint("model_name=EDM", classes=["dog", "cat"]).rename("reverse.pth.tar")
     place.checkpoint().rename("ddpm.pth.tar")
+    for name in ("latents", "others"):
+        sets = [f"{key}={value}" for key, value in place.autoencoder().items()]
+        path = place.checkpoint("model_name=EDM", "dataset.img_size=32", *sets)
+        state = torch.load(path, weights_only=True)
+        for half in ("encoder", "decoder"):  # each of the two has its own
+            os.rename(f"{half}.pth", f"{name}_{half}.pth")
+            state["config"]["model"][f"vae_{half}_weights"] = str(place.root / f"{name}_{half}.pth")
+        torch.save(state, f"{name}.pth.tar")
     with pytest.raises(UsageError, match=message) as error:
         drawn(f"{checkpoint}.pth.tar", "--guidance-scale", "2", *arguments)
     one_line(error)
 
 
 def test_export_sets_nothing_of_the_training(place):
-    with pytest.raises(UsageError, match="--set: 'model.dim=8' changes nothing in sample_cfg or eval"):
+    with pytest.raises(UsageError, match="--set: 'model.dim=8': only sample_cfg and eval can be changed"):
         export.main([str(place.model), "e.pth.tar", "--set", "model.dim=8"])
     with pytest.raises(UsageError, match="sample_cfg.steps is 'many'"):
         export.main([str(place.model), "e.pth.tar", "--set", "sample_cfg.steps=many"])
+
+
+def test_a_ddpms_own_loop_takes_no_guide(place):
+    model = MODELS["DDPM"](**{**SMALL, "label_dropout": 0.1}).eval()
+    model.guide = MODELS["EDM"](**SMALL).eval()
+    with pytest.raises(UsageError, match="guide: only heun"):
+        model.p_sample_loop(torch.tensor([0]), guidance_scale=2.0)
+
+
+def test_images_take_no_guide(place):
+    drawn(place.model)
+    with pytest.raises(UsageError, match="--guide: drawn.npz holds images; nothing is drawn"):
+        evaluate.main(["drawn.npz", "--config", str(place.config), "--guide", str(place.guide)])

@@ -98,8 +98,8 @@ SETTINGS = {
     "sample_cfg.sampler": (None, optional(one_of("ddpm", "ddim", "heun", "euler", "euler_ancestral", "dpmpp_2m"))),
     "sample_cfg.steps": (None, optional(integer(1, 10 ** 4))),
     "sample_cfg.guidance_scale": (1.0, number(0)),                # other than 1 needs model.label_dropout or a guide
-    # checkpoint of a weaker model of the same images, smaller and trained less: what guidance leads away from, in place
-    # of the model itself without a label (autoguidance); not with ddpm and ddim
+    # checkpoint of a weaker model of the same images (smaller, trained less); guidance then leads away from its output
+    # instead of from the model's own output without a label (autoguidance); not with ddpm and ddim
     "sample_cfg.guide": (None, optional(text())),
     # [sigma_lo, sigma_hi]: guide only at these noise levels; null: at all
     "sample_cfg.guidance_interval": (None, optional(list_of(number(0), 2))),
@@ -303,6 +303,7 @@ SAMPLER_FLAGS = {
     "sampler": RULES["sample_cfg.sampler"][0].removeprefix("null or ") + "; ddpm and ddim draw from a DDPM only",
     "steps": "number of steps (default: ddim and euler 50, heun 18, dpmpp_2m 20; ddpm takes every timestep)",
     "guidance_scale": "guidance, 1 is none; needs a model trained with model.label_dropout, or a guide",
+    "guide": "checkpoint of a weaker model, to guide away from it",
     "guidance_interval": "guide only at noise levels LO < sigma <= HI",
     "clip": "keep predicted pixels in [-1, 1]",
     "eta": "fresh noise in each step, 0 to 1: ddim, euler_ancestral, dpmpp_2m",
@@ -315,12 +316,11 @@ def add_sampler_flags(parser):
     """The flags that say how images are drawn; `sampler_flags` reads them, models.sampling_settings checks them."""
     group = parser.add_argument_group("sampling; what is not given is the config's, see sample_cfg in libs/config.py")
     types = {"steps": {"type": positive}, "sampler": {"metavar": "NAME"},
-             "guidance_interval": {"type": lambda text: text.split(","), "metavar": "LO,HI"},
+             "guide": {"metavar": "FILE"}, "guidance_interval": {"type": lambda text: text.split(","), "metavar": "LO,HI"},
              "clip": {"action": argparse.BooleanOptionalAction}}
     types |= {key: {"type": float, "metavar": "X"} for key in ("guidance_scale", "eta", "S_churn")}
     for key, description in SAMPLER_FLAGS.items():
         group.add_argument("--" + key.replace("_", "-"), default=None, help=description, **types.get(key, {}))
-    group.add_argument("--guide", default=None, metavar="CHECKPOINT", help="a weaker model to guide away from")
 
 
 def sampler_flags(args):
@@ -334,6 +334,7 @@ def parse_setting(text):
     Raises UsageError for a key that is not of sample_cfg, or a value that is not YAML; models.sampling_settings checks
     the values.
     """
+    keys = [key for key in SAMPLER_FLAGS if key != "guide"]  # which is loaded with the model
     name, *pairs = text.split() or [""]
     if name != "config":
         sampler, colon, steps = name.partition(":")
@@ -341,8 +342,8 @@ def parse_setting(text):
     setting = {}
     for pair in pairs:
         key, _, value = pair.partition("=")
-        if not value or key not in SAMPLER_FLAGS:
-            raise UsageError(f"{shown(text)}: {shown(pair)} is not one of {', '.join(SAMPLER_FLAGS)} with a value, as "
+        if not value or key not in keys:
+            raise UsageError(f"{shown(text)}: {shown(pair)} is not one of {', '.join(keys)} with a value, as "
                              "in guidance_scale=2")
         try:
             setting[key] = parse_yaml(f"[{value}]" if key == "guidance_interval" else value)

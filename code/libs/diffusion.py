@@ -133,7 +133,9 @@ class Diffusion(nn.Module):
     # ---- sampling
 
     def check_guidance(self, guidance_scale):
-        """Raise UsageError unless the model can be guided by this without a `guide`."""
+        """Raise UsageError unless the model can be guided by this without a `guide`, as by DDPM's and DDIM's loops."""
+        if guidance_scale not in (None, 1.0) and self.guide is not None:
+            raise UsageError(f"guide: only {', '.join(SOLVERS)} take it, not ddpm and ddim")
         if guidance_scale not in (None, 1.0) and self.label_dropout == 0:
             raise UsageError(
                 f"guidance_scale: {guidance_scale} needs a model that was trained with model.label_dropout > 0; "

@@ -1,6 +1,7 @@
 """From a configuration or a checkpoint to a model, and from a model to many images."""
 
 import math
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from .samplers import SOLVERS, guidance_at, image_generator, karras_sigmas
 MODELS = {"DDPM": DDPM, "EDM": EDM, "Flow": Flow}
 DEFAULT_SAMPLER = {"DDPM": "ddim", "EDM": "heun", "Flow": "heun"}
 GRID_SAMPLER = {"DDPM": "ddpm"}  # of training's grids, where another: the handout's p_sample_loop
-GUIDANCE = ("guidance_scale", "guidance_interval", "guide", "clip")  # settings that every sampler has, beside "steps"
+GUIDANCE = ("guidance_scale", "guidance_interval", "guide", "clip")  # settings of all samplers, beside "steps"
 COMMON_SETTINGS = ("steps", *GUIDANCE)
 
 
@@ -93,7 +94,8 @@ def sampling_settings(model, config, **given):
 
     given: values of sample_cfg; None means not given. The result always has "sampler", "steps" and "guidance_scale",
     and of the others those that are set. Raises UsageError for a sampler that the model does not have, an option that
-    the sampler does not take, a value out of range, or guidance of a model trained without label dropout.
+    the sampler does not take, a value out of range, or guidance of a model without a guide that was trained without label
+    dropout.
     """
     for key, value in given.items():
         if value is not None:
@@ -130,19 +132,18 @@ def sampling_settings(model, config, **given):
     lo, hi = settings.get("guidance_interval", (0, 1))
     if not lo < hi:
         raise UsageError(f"guidance_interval: {[lo, hi]} is not [sigma_lo, sigma_hi] with sigma_lo < sigma_hi")
-    if model.guide is None:
+    if model.guide is None or name not in SOLVERS:
         model.check_guidance(settings["guidance_scale"])
-    elif settings["guidance_scale"] == 1:
-        del settings["guide"]
-    elif name not in SOLVERS:
-        raise UsageError(f"guide: the sampler {name} does not take it; {', '.join(SOLVERS)} do")
-    else:
-        settings["guide"] = display_path(settings["guide"])
+    guide = settings.pop("guide", None)
+    if given.get("guide") and settings["guidance_scale"] == 1:
+        raise UsageError("guide: at guidance_scale 1 it is not used; give another, 1.75 for example")
+    if guide and settings["guidance_scale"] != 1:
+        settings["guide"] = "/".join(Path(guide).absolute().parts[-2:])  # the same from any folder
     return settings
 
 
 def network_calls(model, settings):
-    """How often the network sees one image while it is drawn; twice in a guided step."""
+    """How often a network sees one image while it is drawn; in a guided step twice, or once and the guide's once."""
     options = {k: v for k, v in settings.items() if k not in ("sampler", *COMMON_SETTINGS)}
     levels = SAMPLERS[settings["sampler"]].levels(model, settings["steps"], **options)
     scale, interval = settings["guidance_scale"], settings.get("guidance_interval")
@@ -210,39 +211,48 @@ def build_model(config, training=None):
     return model
 
 
-def load_model(path, ema=True):
+def load_model(path, ema=True, guide=None):
     """The trained model in a checkpoint of train.py, in eval mode on the CPU, and its configuration.
 
-    ema: take the averaged weights. Raises UsageError for a file that is no such checkpoint, or whose autoencoder is not
-    the one that its configuration finds.
+    ema: take the averaged weights. guide: a checkpoint in place of the configuration's `sample_cfg.guide`. Raises
+    UsageError for a file that is no such checkpoint, whose autoencoder is not the one that its configuration finds, or
+    that the guide does not fit.
     """
-    return model_from(load_checkpoint(path), path, ema)
+    return model_from(load_checkpoint(path), path, ema, guide)
 
 
 def load_guide(path, model):
     """The averaged model of a checkpoint or run folder, to guide `model`. Raises UsageError for one that cannot."""
-    path = model_file(path)
-    state = load_checkpoint(path)
-    guide, _ = model_from({**state, "config": {**state["config"], "sample_cfg": {}}}, path)  # nor has it a guide
+    try:
+        path = model_file(path)
+        state = load_checkpoint(path)
+        guide, _ = model_from({**state, "config": {**state["config"], "sample_cfg": {}}}, path)  # its own guide is ignored
+    except UsageError as e:
+        raise UsageError(f"guide: {e}") from None
     for what in ("use_vae", "img_shape", "num_classes"):
         if getattr(guide, what) != getattr(model, what):
             raise UsageError(f"guide: {display_path(path)} has {what} {getattr(guide, what)}, the model that it is to "
                              f"guide {getattr(model, what)}")
     if model.use_vae and guide.vae.hashes() != model.vae.hashes():
         raise UsageError(f"guide: {display_path(path)} was trained in the latents of another autoencoder")
+    guide.vae, guide.classes = None, state.get("classes")
     return guide.requires_grad_(False)
 
 
 def model_from(state, path, ema=True, guide=None):
-    """`load_model` for the `state` that was read from `path`. guide: a checkpoint in place of the configuration's."""
+    """`load_model` for the `state` that was read from `path`."""
     config = config_of(state, path)
-    config["sample_cfg"]["guide"] = guide or config["sample_cfg"]["guide"]
     model = build_model(config)
     check_autoencoder(model, state, config, path)
     key = "state_dict_ema" if ema else "state_dict"
     if key not in state:  # export.py keeps the averaged weights alone
         raise UsageError(f"checkpoint {path} has no {key}")
     load_weights(model, state[key], path)
+    if guide:
+        model.guide, config["sample_cfg"]["guide"] = load_guide(guide, model), guide
+    own, others = state.get("classes"), model.guide and model.guide.classes
+    if own and others and own != others:
+        raise UsageError(f"guide: its classes are {', '.join(others)}, those of {display_path(path)} {', '.join(own)}")
     return model.eval(), config
 
 
