@@ -260,8 +260,8 @@ def _paths(config):
     """(section, key) of every path that is set."""
     for path in PATHS:
         *parents, key = path.split(".")
-        section = config[parents[0]] if parents else config
-        if section[key] is not None:
+        section = config.get(parents[0], {}) if parents else config  # an autoencoder's config has no sample_cfg
+        if section.get(key) is not None:
             yield section, key
 
 

@@ -72,7 +72,7 @@ class StableDiffusion(DDPM):
     def __init__(self, unet, autoencoder, text_encoder, tokenizer):
         nn.Module.__init__(self)  # DDPM's would build a network for labels
         self.unet, self.autoencoder, self.text_encoder, self.tokenizer = unet, autoencoder, text_encoder, tokenizer
-        self.vae = None
+        self.vae = self.guide = None
         self.weights = "plain"  # or "ema": which of a checkpoint's weights these are
         self.timesteps, self.prediction = TIMESTEPS, "eps"
         abar = (1 - quadratic_beta_schedule(TIMESTEPS)).cumprod(0)

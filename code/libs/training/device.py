@@ -136,7 +136,7 @@ def fast_sampling(model, device, precision):
     sums stay in fp32.
     """
     with ExitStack() as stack:
-        for each in filter(None, (model, getattr(model, "guide", None))):
+        for each in filter(None, (model, model.guide)):
             stack.enter_context(_fast(each.model, device, precision))
         yield
 
