@@ -32,8 +32,8 @@ class ModelEMA:
         """Move the average towards `model` after one more update."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        pairs = zip(self.module.named_parameters(), model.parameters())
-        ours, theirs = zip(*[(own, new) for (name, own), new in pairs if not name.startswith(("vae.", "guide."))])
+        pairs = zip(self.module.parameters(), model.parameters())
+        ours, theirs = zip(*[(own, new) for own, new in pairs if new.requires_grad])  # not the autoencoder, not the guide
         torch._foreach_lerp_(ours, theirs, 1 - decay)
         for own, new in zip(self.module.buffers(), model.buffers()):
             own.copy_(new)
