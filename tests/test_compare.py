@@ -156,7 +156,8 @@ def test_errors_alone_of_runs_with_other_settings(models, call):
 # ---- the shipped tables
 
 SHIPPED = [("mnist_cpu/samplers", ["rows"], compare.sampler_tables),
-           ("mnist_cpu/ablations", ["rows"], compare.sampler_tables),
+           ("mnist_cpu/ablations", ["errors", "rows"], compare.run_tables),
+           ("mnist_cpu/models", ["errors", "rows"], compare.run_tables),
            ("mnist/samplers", ["rows"], compare.sampler_tables),
            ("afhq_cpu/runs", ["errors", "rows"], compare.run_tables),
            ("afhq_cpu/sampler_choice", ["errors", "rows"], compare.run_tables)]
@@ -168,12 +169,13 @@ def test_shipped_tables_are_those_of_their_rows(name, lists, tables):
     assert results.text() + "\n" == (ROOT / f"results/{name}.md").read_text()
 
 
-def test_shipped_rows_are_found_by_their_settings():
+@pytest.mark.parametrize("model, texts", [("mnist_cpu", ["config", "config eta=0", "dpmpp_2m:5 eta=0", "euler:50"]),
+                                          ("mnist_ddpm_cpu", ["ddim:10", "dpmpp_2m:20", "heun:20"])])
+def test_the_shipped_models_are_those_that_were_compared(model, texts):
     results = Results(str(ROOT / "results/mnist_cpu/samplers.json"), ["rows"], compare.sampler_tables)
-    trained, digest = compare.TrainedRun(str(ROOT / "pretrained/mnist_cpu.pth.tar")), results.content["rows"][0]["hash"]
-    texts = ["config", "dpmpp_2m:8 eta=0", "dpmpp_2m:10 eta=0.5 guidance_interval=0,8", "heun:9"]
+    trained = compare.TrainedRun(str(ROOT / f"pretrained/{model}.pth.tar"))
     for setting in trained.settings(texts):
-        assert results.has("rows", hash=digest, way=setting, seed=2)
+        assert results.has("rows", hash=trained.hash, way=setting, seed=2)
 
 
 # ---- bad input

@@ -124,9 +124,9 @@ def test_a_comparison_of_runs():
 
 
 def test_a_shipped_comparison(tmp_path):
-    source = Path(CODE).parent / "results/mnist_cpu/samplers.json"
+    source = Path(CODE).parent / "results/mnist_cpu/models.json"
     plot_results.main([str(source), "--output", str(tmp_path)])
-    assert (tmp_path / "samplers.pdf").read_bytes().startswith(b"%PDF")
+    assert (tmp_path / "models.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_bad_input(run, tmp_path, monkeypatch):

@@ -71,32 +71,29 @@ def mean(values, form):
 
 
 def samplers():
-    """Rows of `compare.py samplers`, fewest network calls first."""
-    groups = {}
-    for row in read("mnist_cpu/samplers.json")["rows"]:
-        groups.setdefault(json.dumps(row["way"]), []).append(row)
-    for same in sorted(groups.values(), key=lambda rows: rows[0]["network_calls"]):
-        way = same[0]["way"]
-        more = [rf"$\eta = {way['eta']:g}$"] if way.get("eta") and way["sampler"] == "dpmpp_2m" else []
-        if "guidance_interval" in way:
-            hi = way["guidance_interval"][1]
-            more.append(rf"only $\sigma \leq {hi:g}$ guided")
-        yield [NAMES[way["sampler"]] + (f" ({', '.join(more)})" if more else ""), way["steps"], same[0]["network_calls"],
-               len(same), mean([100 * row["label_accuracy"] for row in same], ".2f"),
-               mean([row["fd_train"] for row in same], ".3f"), mean([row["recall"] for row in same], ".3f")]
-    # DDPM's row, of a machine whose file was not kept: as it was printed
-    line = next(x for x in read("mnist_cpu/samplers_h100.md").splitlines() if x.startswith("|") and "euler_ancestral" in x)
-    cells = [re.sub(r" %| \(|\)", lambda m: " " if m[0] == " (" else "", cell.strip()).replace("±", r"$\pm$")
-             for cell in line.strip("|").split("|")]
-    yield [NAMES[cells[1]], cells[2], cells[4], cells[5], cells[6], cells[7], cells[10]]
+    """Rows of `compare.py samplers`: two DDPMs and the quick start's flow, each with the fewest network calls first."""
+    for name, file, model in (("handout's DDPM", "mnist/samplers.json", ""),
+                              ("small DDPM", "mnist_cpu/samplers.json", "mnist_ddpm_cpu"),
+                              ("flow", "mnist_cpu/samplers.json", "mnist_cpu")):
+        groups = {}
+        for row in read(file)["rows"]:
+            if not model or Path(row["model"]).name == f"{model}.pth.tar":
+                groups.setdefault(json.dumps(row["way"]), []).append(row)
+        for same in sorted(groups.values(), key=lambda rows: rows[0]["network_calls"]):
+            way = same[0]["way"]
+            noise = rf", $\eta = {way['eta']:g}$" if way.get("eta") else ""
+            yield [name, NAMES[way["sampler"]] + noise, way["steps"], f"{way['guidance_scale']:g}",
+                   same[0]["network_calls"], mean([100 * row["label_accuracy"] for row in same], ".2f"),
+                   *(mean([row[key] for row in same], ".3f") for key in ("fd_train", "precision", "recall"))]
+            name = ""
 
 
-NAMES = {"dpmpp_2m": "DPM++(2M)", "heun": "Heun", "euler": "Euler", "euler_ancestral": "DDPM (ancestral)"}
-# of ablations.json: (checkpoint, what is set otherwise than in the first row) -> what that is
-CHANGES = {("mnist_cpu", ""): "none", ("mnist_cpu", "eta 0.0"): r"no noise on the way, $\eta = 0$",
-           ("mnist_cpu", "guidance_scale 1.2"): "less guidance, 1.2", ("mnist_cpu", "guidance_scale 1.6"): "more guidance, 1.6",
-           ("adamw", ""): "trained with AdamW, not Muon",
-           ("attention_P_std_1.1", ""): r"attention at $7 \times 7$, $P_{\mathrm{std}} = 1.1$"}
+NAMES = {"dpmpp_2m": "DPM++(2M)", "heun": "Heun", "euler": "Euler", "ddim": "DDIM", "ddpm": "Algorithm 2"}
+# folders of the runs in ablations.json, less the seed -> what differs from the quick start
+CHANGES = {"mnist_cpu_short": "none", "mnist_cpu_edm": "an EDM", "mnist_cpu_wide": r"\code{dim} 40, twice the channels at $7\times7$",
+           "mnist_cpu_levels": r"noise levels of before ($P_{\mathrm{mean}}=-0.4$, $P_{\mathrm{std}}=1.2$)",
+           "mnist_cpu_cosine": "the learning rate falls by a cosine", "mnist_cpu_batch32": "batches of 32, learning rate 0.003",
+           "mnist_cpu_adamw": "AdamW", "mnist_cpu_adamw2": "AdamW, learning rate 0.002"}
 
 
 def cats():
@@ -120,15 +117,26 @@ def denoising():
         yield left + right
 
 
+def recipes():
+    """Rows of both recipes of the quick start, each trained with several seeds."""
+    for name, files in (("the quick start", ("evaluation", "seed_1", "seed_2")),
+                        ("the one before", ["earlier_0"])):
+        found = [read(f"mnist_cpu/{file}.json")["generated"] for file in files]
+        yield [name, len(found), *(mean([factor * row[key] for row in found], form) for key, factor, form in (
+            ("label_accuracy", 100, ".2f"), ("fd_train", 1, ".3f"), ("fd_test", 1, ".3f"), ("precision", 1, ".3f"),
+            ("recall", 1, ".3f")))]
+
+
 def ablations():
-    found = read("mnist_cpu/ablations.json")["rows"]
-    usual = found[0]["way"]
-    by_change = {(Path(row["model"]).name.removesuffix(".pth.tar"),
-                  ", ".join(f"{key} {x}" for key, x in row["way"].items() if x != usual[key])): row for row in found}
-    for change, name in CHANGES.items():
-        row = by_change[change]
-        yield [name, f"{row['fd_train']:.3f}", f"{100 * row['label_accuracy']:.2f}", f"{row['precision']:.3f}",
-               f"{row['recall']:.3f}"]
+    """Rows of the short trainings, those that differ in their seed alone together."""
+    found = read("mnist_cpu/ablations.json")
+    levels = [found["sigmas"].index(sigma) for sigma in (0.4, 1.0, 2.0)]
+    errors = {row["run"]: [row["test"][k] for k in levels] for row in found["errors"]}
+    for folder, name in CHANGES.items():
+        same = [row for row in found["rows"] if re.sub(r"_\d$", "", Path(row["run"]).parent.name) == folder]
+        yield [name, len(same),
+               *(format(statistics.mean(level), ".4f") for level in zip(*(errors[row["run"]] for row in same))),
+               mean([row["fd_test"] for row in same], ".3f"), mean([100 * row["label_accuracy"] for row in same], ".2f")]
 
 
 def evaluation():
