@@ -120,7 +120,7 @@ def denoising():
 def recipes():
     """Rows of both recipes of the quick start, each trained with several seeds."""
     for name, files in (("the quick start", ("evaluation", "seed_1", "seed_2")),
-                        ("the one before", ["earlier_0"])):
+                        ("the recipe before", ["earlier_0"])):
         found = [read(f"mnist_cpu/{file}.json")["generated"] for file in files]
         yield [name, len(found), *(mean([factor * row[key] for row in found], form) for key, factor, form in (
             ("label_accuracy", 100, ".2f"), ("fd_train", 1, ".3f"), ("fd_test", 1, ".3f"), ("precision", 1, ".3f"),
@@ -159,7 +159,7 @@ def controls():
 
 
 def speed():
-    names = {"training": "ours", "training, naively": "ours, naive attention, eager",
+    names = {"training": "ours", "training, naively": "ours, written naively",
              "lucidrains, as it comes": "lucidrains', as it comes", "lucidrains": "lucidrains', attention as ours",
              "diffusers": "diffusers, two blocks a level", "diffusers, one block a level": "diffusers, one block a level"}
     found = read("benchmark.json")["by"]["mnist"]
