@@ -122,12 +122,12 @@ def new_figure(rows, height):
     return figure, figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
 
 
-def log_scale(axis):
-    """Make an axis (`.xaxis` or `.yaxis`) logarithmic, with 0.1, 0.2, 0.5, 1, ... beside it."""
+def log_scale(axis, ticks=(1, 2, 5)):
+    """Make an axis (`.xaxis` or `.yaxis`) logarithmic, with the multiples of 0.1, 1, 10, ... in `ticks` beside it."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(subs=ticks))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 
@@ -196,7 +196,7 @@ def plot_samplers(results):
                       [statistics.stdev(values) if len(values) > 1 else 0 for _, values in points], color=color,
                       marker=marker, linestyle=line, markersize=4, linewidth=1, capsize=2, label=name)
     axis.axhline(results["floor"], color="0.7", linewidth=0.8, label="real test images")
-    log_scale(axis.xaxis)
+    log_scale(axis.xaxis, ticks=(1, 2, 4))
     axis.set_xlabel("network calls an image")
     axis.set_ylabel(f"{results['metric']}, n = {results['num' if runs else 'n']:,}")
     axis.legend()
