@@ -3,7 +3,7 @@
 python tests/blind_sheet.py draw blind --data data/afhq --set guided=guided.npz --set unguided=unguided.npz
 python tests/blind_sheet.py score blind answers.txt --output results/afhq_metric/blind.json
 
-`draw` writes 40 pictures, each four cats of one set beside four of another, and keeps to key.json which they are. Sets are
+`draw` writes 40 pictures, each four cats of one set above four of another, and key.json, which says what they are. Sets are
 photographs (test images), their reconstructions by the autoencoder that ships, and each --set, of sample.py --output.
 Somebody writes into answers.txt, a line a picture, on which side the cats look more like real ones: L or R. `score`
 compares that with the order in which the MobileNet puts the sets: by its share of recognised cats, and by its distances.
