@@ -5,7 +5,7 @@ python tests/blind_sheet.py score blind answers.txt --output results/afhq_metric
 
 `draw` writes 40 pictures, each four cats of one set above four of another, and key.json, which says what they are. Sets are
 photographs (test images), their reconstructions by the autoencoder that ships, and each --set, of sample.py --output.
-Somebody writes into answers.txt, a line a picture, on which side the cats look more like real ones: L or R. `score`
+Somebody writes into answers.txt, a line a picture, which four look more like real cats: L (above) or R. `score`
 compares that with the order in which the MobileNet puts the sets: by its share of recognised cats, and by its distances.
 Photographs are in these pictures (CC BY-NC 4.0): they are not for the repository."""
 
@@ -35,7 +35,7 @@ PAIRS, SHOWN = 40, 4
 
 
 def draw_pairs(names):
-    """PAIRS pairs of names, (left, right): all combinations as often as each other, sides and order at random."""
+    """PAIRS pairs of names, (left, right): all combinations in turn, sides and order at random."""
     generator = seeded_generator("blind sheet")
     combinations = list(itertools.combinations(names, 2))
     pairs = list(itertools.islice(itertools.cycle(combinations), PAIRS))
@@ -64,6 +64,9 @@ def draw(args):
         if not path or name in sets:
             raise UsageError(f"--set: {text}; must be NAME=FILE.npz, with a name of its own")
         sets[name] = read_images(path, 3, real.train.classes).take()
+    least = torch.arange(min(map(len, sets.values())))  # a Frechet distance depends on the number of images
+    measures = {name: measure(extract_features(real.extractor, images.take(least).batches()), real)
+                for name, images in sets.items()}
     os.makedirs(args.folder)
     turn = {name: 0 for name in sets}  # every picture shows other images of a set
     pairs = draw_pairs(sets)
@@ -74,7 +77,6 @@ def draw(args):
             turn[name] += SHOWN
             panels.append((side, sets[name].take(index).images))
         write_png(os.path.join(args.folder, f"{k:02d}.png"), sheet(panels, SHOWN))
-    measures = {name: measure(extract_features(real.extractor, images.batches()), real) for name, images in sets.items()}
     with atomic_file(os.path.join(args.folder, "key.json")) as f:
         f.write(json.dumps({"judge": real.extractor.hash, "sets": measures, "pairs": pairs}, indent=1).encode())
     print(f"{PAIRS} pictures and key.json, which is not to be read before they are judged, in {args.folder}")
@@ -84,7 +86,7 @@ def compare(key, answers):
     """key.json and a list of L and R -> how often eye and judge agree.
 
     Returns a dict: "wins", name -> share of its pictures that a set won; "agree", measure -> share of the pictures in
-    which it prefers the same side; "chance", the probability that as many or more agree by guessing, p = 1/2.
+    which it prefers the same side.
     """
     shown, won = {name: 0 for name in key["sets"]}, {name: 0 for name in key["sets"]}
     hits = {"recognised": 0, "fd_train": 0, "kd": 0}
@@ -95,11 +97,8 @@ def compare(key, answers):
             better = key["sets"][chosen][name] - key["sets"][other][name]
             hits[name] += better > 0 if name == "recognised" else better < 0
     n = len(key["pairs"])
-    half = torch.distributions.Binomial(n, torch.tensor(0.5, dtype=torch.float64))
     return {"pictures": n, "wins": {name: won[name] / shown[name] for name in shown},
-            "agree": {name: hit / n for name, hit in hits.items()},
-            "chance": {name: float(half.log_prob(torch.arange(hit, n + 1, dtype=torch.float64)).exp().sum())
-                       for name, hit in hits.items()}}
+            "agree": {name: hit / n for name, hit in hits.items()}}
 
 
 def score(args):
@@ -116,8 +115,7 @@ def score(args):
     for name in sorted(found["wins"], key=found["wins"].get, reverse=True):
         m = key["sets"][name]
         print(f"{name}: {found['wins'][name]:.0%}, {m['recognised']:.1%}, {m['fd_train']:.0f}, {m['kd']:.2f}")
-    print("agree: " + ", ".join(f"{name} {share:.0%} (p = {found['chance'][name]:.1g})"
-                                for name, share in found["agree"].items()))
+    print("agree: " + ", ".join(f"{name} {share:.0%}" for name, share in found["agree"].items()))
 
 
 def parse_args(argv=None):

@@ -136,8 +136,8 @@ def main(argv=None):
     sharpener.decoder.requires_grad_(False)
     with atomic_file(args.output) as f:
         save_tensors({name: w.half().contiguous() for name, w in sharpener.average.items()}, f)
-    figures, _, _ = evaluate(sharpener.model, test, torch.device("cpu"), 400)
-    print(f"{args.output}: 400 test images: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}")
+    figures, _, _ = evaluate(sharpener.model, test, torch.device("cpu"))
+    print(f"{args.output}: {len(test)} test images: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.3f}")
 
 
 if __name__ == "__main__":

@@ -183,10 +183,10 @@ def test_the_latents_of_another_autoencoder(place, refused):
     export.main([str(path), str(slim)])
     load_model(str(slim))
     torch.save(build_decoder().state_dict(), place.root / "decoder.pth")
-    message = refused(["--resume", path], "model.vae_decoder_weights: ", "decoder.pth are not those in whose latents", path)
+    message = refused(["--resume", path], "model.vae_decoder_weights: ", "decoder.pth are not those that", path)
     assert "encoder" not in message
     for each in (path, slim):
-        with pytest.raises(UsageError, match="decoder.pth are not those in whose latents"):
+        with pytest.raises(UsageError, match="decoder.pth are not those that"):
             load_model(str(each))
     load_model(str(place.checkpoint(*model)))
 

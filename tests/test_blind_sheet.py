@@ -13,7 +13,7 @@ from libs import UsageError
 from libs.data.images import write_npz
 
 
-def test_every_combination_is_shown_as_often_on_either_side():
+def test_every_combination_is_shown_as_often():
     names = ["a", "b", "c", "d", "e"]
     pairs = blind_sheet.draw_pairs(names)
     assert Counter(map(frozenset, pairs)) == {frozenset(pair): 4 for pair in itertools.combinations(names, 2)}
@@ -28,8 +28,6 @@ def test_agreement():
     found = blind_sheet.compare(key, "LRLR")  # good, good, good, bad
     assert found["wins"] == {"good": 0.75, "bad": 0.25}
     assert found["agree"] == {"recognised": 0.75, "fd_train": 0.75, "kd": 0.25}
-    assert found["chance"]["recognised"] == pytest.approx(5 / 16)  # 3 or 4 of 4
-    assert found["chance"]["kd"] == pytest.approx(15 / 16)
 
 
 def test_drawn_and_scored(tmp_path, monkeypatch, capsys):
@@ -42,6 +40,7 @@ def test_drawn_and_scored(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["00.png", "01.png", "02.png", "key.json"]
     key = json.loads((folder / "key.json").read_text())
     assert list(key["sets"]) == ["photographs", "reconstructions", "noise"]
+    assert {content["images"] for content in key["sets"].values()} == {5}  # of the smallest set
     assert key["sets"]["photographs"]["fd_train"] < key["sets"]["noise"]["fd_train"]
 
     answers.write_text("L\nR\n")

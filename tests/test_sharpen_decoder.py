@@ -23,7 +23,7 @@ def test_the_critic_scores_patches():
     seen = torch.autograd.grad(scores[0, 0, 8, 8], x)[0].abs().sum((0, 1)) > 0
     rows, columns = seen.any(1).nonzero()[:, 0], seen.any(0).nonzero()[:, 0]
     assert len(rows) == len(columns) == 54  # a patch, not the whole image
-    # spectral norm: no convolution stretches its weight matrix's input
+    # spectral norm, about 1 after its power iterations
     norms = [torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2) for layer in critic if hasattr(layer, "weight")]
     assert len(norms) == 5 and all(float(norm) < 1.5 for norm in norms)
 
@@ -52,7 +52,7 @@ def test_the_critic_learns_and_its_gradient_weighs_half_of_the_pixels(monkeypatc
     found = []
     monkeypatch.setattr(Sharpener, "descend", staticmethod(lambda _, output, gradient=None: found.append(gradient)))
     weights = []
-    for step in (0, 150, 10 ** 6):  # the critic counts from the first update on, more and more, then in full
+    for step in (0, 150, 10 ** 6):  # the critic counts not at first, then by half, then in full
         sharpener.step = step
         found.clear()
         sharpener.update(images, torch.zeros(2, 4, 4, 4))

@@ -275,8 +275,8 @@ def check_autoencoder(model, state, config, path):
     differ = [f"model.vae_{half}_weights" for half in hashes if state.get("autoencoder", hashes)[half] != hashes[half]]
     if differ:
         files = ", ".join(display_path(config["model"][key.removeprefix("model.")]) for key in differ)
-        raise UsageError(f"{', '.join(differ)}: the weights in {files} are not those in whose latents {path} was "
-                         "trained; give its own")
+        raise UsageError(f"{', '.join(differ)}: the weights in {files} are not those that {path} was trained "
+                         "with; give its own")
 
 
 def load_weights(model, state_dict, path):
