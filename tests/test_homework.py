@@ -19,6 +19,7 @@ from libs import DDIM, DDPM, EDM, blocks
 from libs.common.pictures import image_grid
 from libs.config import CODE
 from libs.tiny_autoencoder import TAESD
+from libs.training import run_folder
 from libs.training.update import Trainer
 from libs.unet import UNet
 
@@ -81,6 +82,18 @@ def test_grids_are_drawn_by_algorithm_2(traced):
     grid = (image_grid(loops[0][2], 2) * 255 + 0.5).clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
     with Image.open(folder / "sample-0.png") as f:
         assert np.array_equal(np.asarray(f.convert("RGB")), grid.expand(*grid.shape[:2], 3))
+
+
+@pytest.mark.parametrize("setting", ["steps=3", "eta=0.5", "spacing=quadratic"])
+def test_grids_take_the_sampler_that_a_setting_of_it_implies(data, tmp_path, monkeypatch, setting):
+    drawn = []
+    monkeypatch.setattr(run_folder, "sample_grid",
+                        lambda model, config, settings, *_: drawn.append(settings) or torch.zeros(3, 4, 4))
+    settings = [*data, f"output_folder={tmp_path}", "devices=[cpu]", "loader.batch_size=8", "model.dim=8",
+                "model.dim_mults=[1]", "model.attn_levels=[]", "train_cfg.epochs=1", f"sample_cfg.{setting}"]
+    train.main([MNIST, *(word for setting in settings for word in ("--set", setting))])
+    key, value = setting.split("=")
+    assert {(way["sampler"], str(way[key])) for way in drawn} == {("ddim", value)}
 
 
 def test_run_folder_has_the_handouts_files(traced):

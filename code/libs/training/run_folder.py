@@ -149,11 +149,11 @@ class RunFolder:
             self.print(f"about {minutes:.0f} minutes remain" if minutes >= 1 else "less than a minute remains")
 
     def save(self, facts, is_final=False):
-        """A checkpoint; returns its path. facts: plain values beside the trainer's state."""
+        """Write a checkpoint. facts: plain values beside the trainer's state."""
         if not self.active:
-            return None
+            return
         trainer = self.trainer
-        trainer.check_weights(self.last_checkpoint and display_path(self.last_checkpoint))
+        trainer.check_weights(self.last_checkpoint)
         state = {**trainer.state_dict(), **facts, "config": portable(self.config),
                  "ckpt_freq": self.args.ckpt_freq, "print_freq": self.args.print_freq}
         name = checkpoint_name(trainer.epoch, trainer.batch)
@@ -162,7 +162,6 @@ class RunFolder:
         save_checkpoint(state, is_final, self.path, name)
         remove_old_checkpoints(self.path, self.config["train_cfg"]["keep_last"])
         self.last_checkpoint = os.path.join(self.path, name)
-        return self.last_checkpoint
 
     def sample(self, signals):
         """Grids: of the averaged weights, and where that is cheap of the raw ones. A DDPM's are drawn by Algorithm 2.
@@ -173,8 +172,8 @@ class RunFolder:
             return
         trainer, config = self.trainer, self.config
         sampler = config["sample_cfg"]["sampler"]
-        if sampler is None and config["sample_cfg"]["steps"] is None:  # a number of steps is meant for a faster sampler
-            sampler = GRID_SAMPLER.get(config["model_name"])
+        if all(config["sample_cfg"][key] is None for key in ("sampler", "steps", "eta", "spacing")):
+            sampler = GRID_SAMPLER.get(config["model_name"])  # which takes none of these
         settings = sampling_settings(trainer.model, config, sampler=sampler)
         name = f"sample-{trainer.epoch - 1}.png"
         watch = _GridWatch(self, signals)

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import torch
 
-from ..common.errors import RunError
+from ..common.errors import RunError, display_path
 from ..common.files import load_tensors
 from .optimizers import build_optimizer
 
@@ -146,8 +146,7 @@ class Trainer:
         longest = int(self.longest if longest is None else longest)
         if longest >= self.LIMIT:
             raise RunError(f"the loss or its gradient was not finite in {longest} updates in a row, up to "
-                           f"update {self.step}; " + (f"resume from {last_checkpoint}" if last_checkpoint else
-                                                      "start again") + " with a lower train_cfg.lr")
+                           f"update {self.step}; {remedy(last_checkpoint)}")
 
     @torch.no_grad()
     def check_weights(self, last_checkpoint):
@@ -156,8 +155,7 @@ class Trainer:
         for (name, _), size in zip(named, torch.stack([p.abs().max() for _, p in named]).tolist()):
             if not size <= self.LARGEST:
                 raise RunError(f"weights up to {size:.3g} ({name}) at update {self.step}: training went astray; "
-                               + (f"resume from {last_checkpoint}" if last_checkpoint else "start again")
-                               + " with a lower train_cfg.lr")
+                               + remedy(last_checkpoint))
 
     def state_dict(self):
         """Everything that the next update depends on: tensors and plain values."""
@@ -179,21 +177,27 @@ class Trainer:
                 own[k] = {"step": torch.zeros(()), **{name: torch.zeros_like(p) for name in moments}}
                 load_tensors(own[k], saved[k], f"--resume: {path}: the optimizer's state of parameter {k}")
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": own})
-        scaler, scale = state["scaler"], state["scaler"].get("scaler")
-        if self.fp16 and scale:
-            self.scaler.load_state_dict({key: type(x)(float(scale.get(key, x)))
+        counts, scaler = state["scaler"], state["scaler"].get("scaler")
+        if self.fp16 and scaler:
+            self.scaler.load_state_dict({key: type(x)(float(scaler.get(key, x)))
                                          for key, x in self.scaler.state_dict().items()})
-        self.skipped.fill_(scaler.get("skipped") or 0)
-        self.in_a_row.fill_(scaler.get("in_a_row") or 0)
+        self.skipped.fill_(counts.get("skipped") or 0)
+        self.in_a_row.fill_(counts.get("in_a_row") or 0)
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.ema.updates = self.step
+
+
+def remedy(last_checkpoint):
+    """What to do when training went astray."""
+    start = f"resume from {display_path(last_checkpoint)}" if last_checkpoint else "start again"
+    return f"{start} with a lower train_cfg.lr"
 
 
 @torch.no_grad()
 def measure_data(model, dataset, device, n=512, report=None):
     """Measure what the model diffuses, over `n` images spread over the data set; give an EDM its sigma_data.
 
-    Returns (mean, standard deviation, the autoencoder's PSNR in dB or None in pixels). report: called with a line of text.
+    report: called with a line of text.
     """
     index = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long()
     data, squared_error = [], []
@@ -205,14 +209,15 @@ def measure_data(model, dataset, device, n=512, report=None):
     std, mean = map(float, torch.std_mean(torch.cat(data)))
     if hasattr(model, "set_sigma_data"):
         model.set_sigma_data(std)
-    psnr = -10 * math.log10(float(torch.stack(squared_error).mean())) if squared_error else None
     if report:
-        kind = f"latents (autoencoder {psnr:.1f} dB PSNR)" if model.use_vae else "pixels"
+        kind = "pixels"
+        if model.use_vae:
+            psnr = -10 * torch.stack(squared_error).mean().log10()
+            kind = f"latents (autoencoder {psnr:.1f} dB PSNR)"
         report(f"{kind}: mean {mean:.3f}, standard deviation {std:.3f}")
         if model.use_vae and not (abs(mean) < 0.5 and 0.5 < std < 2):
             report("warning: the latents are far from mean 0 and standard deviation 1, which the noise schedule is made "
                    "for; are these the right autoencoder weights, and images in [0, 1]?")
-    return mean, std, psnr
 
 
 class Signals:
