@@ -44,7 +44,7 @@ SETTINGS = {
     # train on this many images, spread evenly over the set; null: all
     "dataset.limit": (None, optional(integer(2))),
     # with use_vae: encode this many random crops of each image (and their mirror images) once, and learn from those:
-    # updates are far faster, the augmentation is coarser. 0: encode anew in every update, each time another crop
+    # updates are far faster, the augmentation is coarser. 0 or null: encode anew in every update, each time another crop
     "dataset.latent_crops": (4, optional(integer(0, 1000))),
 
     "loader.batch_size": (64, integer(1, 10 ** 6)),
@@ -74,7 +74,7 @@ SETTINGS = {
     "train_cfg.epochs": (30, integer(1, 10 ** 9)),
     "train_cfg.num_eval_samples": (10, integer(1, 10 ** 4)),      # images per class in a sample grid
     "train_cfg.warmup": (0, integer(0, 10 ** 9)),                 # updates over which the learning rate rises to lr
-    # cosine, trapezoid: down to zero at the last update, all the way or in its second half
+    # cosine falls to zero over the whole training, trapezoid in a straight line over its second half
     "train_cfg.lr_schedule": ("constant", one_of("constant", "cosine", "trapezoid")),
     # muon: orthogonalized updates for the convolutions, AdamW for the rest
     "train_cfg.optimizer": ("adamw", one_of("adamw", "muon")),
@@ -86,7 +86,7 @@ SETTINGS = {
     # null: on a GPU the network runs as CUDA graphs, or through torch.compile where graphs are not possible (several
     # processes, accumulate); true: torch.compile in any case; false: neither
     "train_cfg.compile": (None, optional(boolean())),
-    # approached as (1 + n) / (10 + n) over the first updates n
+    # in update n it is (1 + n) / (10 + n) while that is smaller
     "train_cfg.ema_decay": (0.999, number(0, 0.999999)),
     "train_cfg.keep_last": (None, optional(integer(1))),          # number of checkpoints to keep; null: all
 
@@ -101,7 +101,7 @@ SETTINGS = {
     # checkpoint of a weaker model of the same images (smaller, trained less); guidance then leads away from its output
     # instead of from the model's own output without a label (autoguidance); not with ddpm and ddim
     "sample_cfg.guide": (None, optional(text())),
-    # [sigma_lo, sigma_hi]: guide only at these noise levels; null: at all
+    # [sigma_lo, sigma_hi]: guide only where sigma_lo < sigma <= sigma_hi; null: at all levels
     "sample_cfg.guidance_interval": (None, optional(list_of(number(0), 2))),
     # keep predicted pixels in [-1, 1]; null: true for a DDPM in pixels, except with ddpm; else false
     "sample_cfg.clip": (None, optional(boolean())),
@@ -301,7 +301,7 @@ def _check_combinations(config):
 # the settings of sample_cfg that have a flag, with their help
 SAMPLER_FLAGS = {
     "sampler": RULES["sample_cfg.sampler"][0].removeprefix("null or ") + "; ddpm and ddim draw from a DDPM only",
-    "steps": "number of steps (default: ddim and euler 50, heun 18, dpmpp_2m 20; ddpm takes every timestep)",
+    "steps": "number of steps (default: heun 18, dpmpp_2m 20, the others 50; ddpm takes every timestep)",
     "guidance_scale": "guidance, 1 is none; needs a model trained with model.label_dropout, or a guide",
     "guide": "checkpoint of a weaker model, to guide away from it",
     "guidance_interval": "guide only at noise levels LO < sigma <= HI",
