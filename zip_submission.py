@@ -228,7 +228,7 @@ def main():
     for name, path in sorted(files.items()):
         if path.suffix == ".tex" and PLACEHOLDER in path.read_text(encoding="utf-8", errors="replace"):
             print(f"warning: {name} still says {PLACEHOLDER!r}: your names and contributions")
-    if args.model == SHIPPED_MODEL:
+    if args.model and args.model.resolve() == SHIPPED_MODEL.resolve():
         print("warning: the model is the one that ships; --model logs/RUN/model_final.pth.tar packs yours")
     print(YOURS)
     print(f"wrote {args.output}: {len(files)} files, {size / 1e6:.2f} MB")

@@ -7,7 +7,7 @@ samplers: network calls, seconds and image quality of each SETTING; mean and sta
 runs: mean and standard deviation over the runs of each kind, which is their model_name, of the error of denoising
 held-out and training images, by noise level, and for each --sampler of the distance of samples to held-out images.
 
-A SETTING is SAMPLER[:STEPS], then KEY=VALUE of sample_cfg. What it leaves out is the config's; `config` is all of it.
+A SETTING is SAMPLER[:STEPS], then KEY=VALUE of sample_cfg. The rest is the config's, which `config` alone takes as it is.
 What --output holds already is not measured again: an interrupted comparison goes on, another call adds its rows."""
 
 import json
@@ -19,10 +19,9 @@ from libs.common.checkpoint import load_checkpoint, model_file
 from libs.common.cli import Parser, positive, progress_bar, run
 from libs.common.errors import UsageError, display_path, shown
 from libs.config import parse_setting
-from libs.evaluation.classifier import file_hash
+from libs.evaluation import RealImages, denoising_error, distances_to_all, evaluate, file_hash, labels_like, scalars
 from libs.evaluation.comparison import Results, draw_samples, grouped, kind_name, markdown_table, mean, means
-from libs.evaluation.report import (FLOORS, RealImages, denoising_error, distances_to_all, evaluate, labels_like,
-                                    scalars)
+from libs.evaluation.report import FLOORS
 from libs.models import check_images, model_from, network_calls, sampling_settings
 from libs.training.device import fast_sampling, memory_format, pick_device, pick_precision
 from libs.training.speed import operations
@@ -31,23 +30,23 @@ SIGMAS = [0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0]  # where
 # title -> (key of a row, function that prints its numbers)
 ACCURACY = {"label accuracy": ("label_accuracy", lambda x: f"{100 * x:.2f} %"),
             "recognised": ("recognised", lambda x: f"{100 * x:.2f} %")}
-FLOOR = {"floors": ("floors", "{:.1f}".format)}
-BOTH = {"precision": ("precision", "{:.3f}".format), "recall": ("recall", "{:.3f}".format),
+RATIO_TO_FLOOR = {"floors": ("floors", "{:.1f}".format)}
+QUALITY_AND_TIME = {"precision": ("precision", "{:.3f}".format), "recall": ("recall", "{:.3f}".format),
         "seconds for 1,000 images": ("seconds_per_1000", "{:.1f}".format)}
-SAMPLER_COLUMNS = ACCURACY | {"FD": ("fd_train", "{:.3f}".format)} | FLOOR | BOTH
+SAMPLER_COLUMNS = ACCURACY | {"FD": ("fd_train", "{:.3f}".format)} | RATIO_TO_FLOOR | QUALITY_AND_TIME
 FACTS = {"parameters": ("parameters", "{:,}".format), "images seen": ("images_seen", "{:,}".format),
          "training, TFLOP": ("training_operations", lambda x: f"{x / 1e12:.1f}")}
-RUN_COLUMNS = ACCURACY | {"FD to held-out images": ("fd_test", "{:.4g}".format)} | FLOOR | {
-    "FD to training images": ("fd_train", "{:.4g}".format)} | BOTH
+RUN_COLUMNS = ACCURACY | {"FD to held-out images": ("fd_test", "{:.4g}".format)} | RATIO_TO_FLOOR | {
+    "FD to training images": ("fd_train", "{:.4g}".format)} | QUALITY_AND_TIME
 # settings in which runs of one kind may differ and still be repetitions of each other, maybe on other machines
 FREE = {"seed", "devices", "dtype", "output_folder", "sample_cfg", "eval", "dataset.data_folder", "loader.num_workers",
-        "train_cfg.compile", "train_cfg.cuda_graphs", "train_cfg.keep_last", "train_cfg.num_eval_samples",
+        "train_cfg.compile", "train_cfg.keep_last", "train_cfg.num_eval_samples",
         "model.vae_encoder_weights", "model.vae_decoder_weights"}
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=lambda prog, **_: Parser(__doc__))
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=lambda prog, **_: Parser(__doc__, prog))
 
     samplers = commands.add_parser("samplers")
     samplers.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of train.py, or a run folder")
@@ -100,7 +99,7 @@ def compare_samplers(args):
     trained = TrainedRun(args.checkpoint)
     model, settings = trained.model, trained.settings(args.settings)
     results = Results(args.output, ["rows"], sampler_tables)
-    device = pick_device([args.device])
+    device = pick_device(args.device)
     results.require(num=args.num, device=str(device))  # before the slow work
     check_images(args.num, trained.config, "--num")
     real = trained.real_images(device)
@@ -182,7 +181,7 @@ def compare_runs(args):
     check_comparable(runs)
     texts = settings_by_kind(args.sampler, {trained.config["model_name"] for trained in runs})
     jobs = [(trained, trained.settings(texts[trained.config["model_name"]])) for trained in runs]
-    device = pick_device([args.device])
+    device = pick_device(args.device)
     results.require(num=args.num, seed=args.seed, sigmas=SIGMAS, device=str(device))
     check_images(args.num, runs[0].config, "--num")
     real = runs[0].real_images(device)
@@ -224,7 +223,8 @@ def compare_runs(args):
 def check_comparable(runs):
     """Raise UsageError unless the runs can stand in one table."""
     def common(trained):
-        yield from ((f"dataset.{key}", value) for key, value in trained.config["dataset"].items())
+        yield from ((f"dataset.{key}", value) for key, value in trained.config["dataset"].items()
+                   if f"dataset.{key}" not in FREE)
         yield "classes", trained.classes
         yield "autoencoder", trained.model.vae.hashes() if trained.model.use_vae else None
 

@@ -20,10 +20,10 @@ from libs.common.pictures import grid, write_png
 from libs.common.seeds import seed_everything
 from libs.data.folders import find_split
 from libs.datasets import describe_dataset
-from libs.evaluation.classifier import file_hash
+from libs.evaluation import file_hash
 from libs.tiny_autoencoder import TAESD
 from libs.training.autoencoder import (GRID_ROW, WHOLE_FROM, TrainedTAESD, complete_settings, draw_crops, evaluate,
-                                       is_hidden_kernel, load_images, load_settings)
+                                       is_taesd_kernel, load_images, load_settings)
 from libs.training.device import autocast, memory_format, pick_device, pick_precision
 from libs.training.distributed import World
 from libs.training.resume import check_data, find_place, restore
@@ -64,7 +64,7 @@ def train(args, claim):
     config, folder, resume_path, state = find_place(args, claim, load_settings, complete_settings)
     cfg, data, batch_size = config["train_cfg"], config["dataset"], config["loader"]["batch_size"]
     seed_everything(config["seed"])
-    device = pick_device(config["devices"])
+    device = pick_device(config["devices"][0])
     precision = pick_precision(config["dtype"], device)
 
     # ---- 2. Model
@@ -82,7 +82,7 @@ def train(args, claim):
     dataset = load_images(data, "train", data["limit"]).to(device)
     model.to(device, memory_format=memory_format(device))
     facts = {"updates_per_epoch": updates}
-    trainer = Trainer(model, cfg, device, precision, cfg["epochs"] * updates, is_hidden_kernel)
+    trainer = Trainer(model, cfg, device, precision, cfg["epochs"] * updates, is_taesd_kernel)
     if state:
         check_data(state, resume_path, data["data_folder"], facts)
         restore(trainer, state, resume_path)
@@ -114,9 +114,9 @@ def train(args, claim):
 
     # ---- 6. The weight files that latent diffusion takes
     files = [os.path.join(folder, f"{half}.pth") for half in ("encoder", "decoder")]
-    for path, half in zip(files, (trainer.ema.module.model.encoder, trainer.ema.module.model.decoder)):
+    for path, module in zip(files, (trainer.ema.module.model.encoder, trainer.ema.module.model.decoder)):
         with atomic_file(path) as f:
-            save_tensors({name: w.half().cpu().contiguous() for name, w in half.state_dict().items()}, f)
+            save_tensors({name: w.half().cpu().contiguous() for name, w in module.state_dict().items()}, f)
     print(f"done: {display_path(files[0])} and decoder.pth, for model.vae_encoder_weights and "
           "model.vae_decoder_weights", flush=True)
     write_report(*files, data, test, split, device, os.path.join(folder, "evaluation"))
@@ -158,13 +158,13 @@ def show_reconstructions(out, images, split):
 def measure(args):
     """The figures of two weight files, for --evaluate."""
     config = load_settings(args.config, args.set)
-    write_report(*args.evaluate, config["dataset"], *held_out(config["dataset"]), pick_device(config["devices"]),
+    write_report(*args.evaluate, config["dataset"], *held_out(config["dataset"]), pick_device(config["devices"][0]),
                  args.output.removesuffix(".json"))
 
 
 def write_report(encoder, decoder, data, images, split, device, path):
     """Measure two weight files on `images`; writes path.json and, with the first 40 reconstructions, path.png."""
-    print(f"measuring the reconstructions of {split} images: {len(images):,}", flush=True)
+    print(f"measuring the reconstructions of {len(images):,} {split} images", flush=True)
     model = TAESD(encoder, decoder).to(device, memory_format=memory_format(device))
     figures, _, reconstructions = evaluate(model, images, device, keep=40)
     figures = {"data": data["name"], "split": split, "images": len(images), "img_size": data["img_size"], **figures,

@@ -5,8 +5,9 @@ python tests/blind_sheet.py score blind answers.txt --output results/afhq_metric
 
 `draw` writes 40 pictures, each four cats of one set above four of another, and key.json, which says what they are. Sets are
 photographs (test images), their reconstructions by the autoencoder that ships, and each --set, of sample.py --output.
-Somebody writes into answers.txt, a line a picture, which four look more like real cats: L (above) or R. `score`
-compares that with the order in which the MobileNet puts the sets: by its share of recognised cats, and by its distances.
+Somebody writes into answers.txt, a line a picture, which four look more like real cats: L for the upper four, R for
+the lower. `score` compares that with the order in which the MobileNet puts the sets: by its share of recognised cats,
+and by its distances.
 Photographs are in these pictures (CC BY-NC 4.0): they are not for the repository."""
 
 import itertools
@@ -35,7 +36,7 @@ PAIRS, SHOWN = 40, 4
 
 
 def draw_pairs(names):
-    """PAIRS pairs of names, (left, right): all combinations in turn, sides and order at random."""
+    """PAIRS pairs of names, (upper, lower): all combinations in turn, order and places at random."""
     generator = seeded_generator("blind sheet")
     combinations = list(itertools.combinations(names, 2))
     pairs = list(itertools.islice(itertools.cycle(combinations), PAIRS))
@@ -120,7 +121,7 @@ def score(args):
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=lambda prog, **_: Parser(__doc__))
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=lambda prog, **_: Parser(__doc__, prog))
     one = commands.add_parser("draw")
     one.add_argument("folder", help="a new folder")
     one.add_argument("--data", default=os.path.join(ROOT, "data", "afhq"), help="AFHQ (default data/afhq)")

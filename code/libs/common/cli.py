@@ -16,8 +16,8 @@ from .errors import RunError, UsageError, first_line, shown
 class Parser(argparse.ArgumentParser):
     """argparse, with the script's docstring as it is and each error as a UsageError."""
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    def __init__(self, description, prog=None):
+        super().__init__(prog, description=description, formatter_class=argparse.RawTextHelpFormatter)
 
     def error(self, message):
         raise UsageError(message)

@@ -1,4 +1,4 @@
-"""What both commands of compare.py share: samplers' settings, a file of results that grows, tables of means."""
+"""Timed drawing of samples, a file of results that grows, and tables of means: mostly for compare.py."""
 
 import json
 import os

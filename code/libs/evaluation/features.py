@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from .. import config
 from ..common.cli import progress_bar
 from ..common.errors import RunError, UsageError, display_path, first_line
-from ..common.files import atomic_file, fits, read_tensors, save_tensors
+from ..common.files import atomic_file, matches, read_tensors, save_tensors
 from ..data.images import to_channels
-from ..tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, build_encoder, in_parts, load_weights
+from ..tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, build_encoder, in_parts, load_weight_file
 from .classifier import WEIGHTS, file_hash, load_classifier
 from .mobilenet import WEIGHTS as MOBILENET, load_mobilenet, recognised
 
@@ -142,7 +142,7 @@ class AutoencoderExtractor(Extractor):
     def __init__(self, weights=None, device="cpu"):
         path = weights or os.path.join(os.path.dirname(WEIGHTS), "taesd_encoder.pth")
         network = build_encoder().to(memory_format=torch.channels_last)
-        load_weights(network, path, "autoencoder")
+        load_weight_file(network, path, "autoencoder")
         self._load(path, network, device)
 
     def _features(self, images):
@@ -219,7 +219,7 @@ def cached_features(extractor, images, what):
     if os.path.isfile(path):
         try:
             saved = read_tensors(path)
-            if saved["key"] == key and fits(saved["features"], torch.empty(len(images), extractor.dim)):
+            if saved["key"] == key and matches(saved["features"], torch.empty(len(images), extractor.dim)):
                 return saved["features"]
             raise ValueError("of other images or another extractor")
         except Exception as e:  # a damaged file makes zipfile and torch raise almost anything

@@ -78,13 +78,13 @@ def load_mobilenet(path=WEIGHTS):
 
 
 def recognised(logits, labels, classes):
-    """Share, 0 to 1, of the images whose first class of ImageNet belongs to their label, of those with labels in KINDS.
+    """The share, 0 to 1, of images whose likeliest class of ImageNet belongs to their label; others than KINDS left out.
 
     Args:
         logits: N x 1001; labels: N, long; classes: the labels' names.
 
     Returns None where no label is in KINDS.
     """
-    first = (logits.argmax(1) - 1).tolist()
-    hits = [k in KINDS[classes[label]] for k, label in zip(first, labels.tolist()) if classes[label] in KINDS]
+    predicted = (logits.argmax(1) - 1).tolist()
+    hits = [k in KINDS[classes[label]] for k, label in zip(predicted, labels.tolist()) if classes[label] in KINDS]
     return sum(hits) / len(hits) if hits else None

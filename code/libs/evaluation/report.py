@@ -29,7 +29,7 @@ class RealImages:
         augmented: split -> ImageSet, cropped and mirrored at random as in training; empty where training does neither.
         features, gaussians: split -> N x D, Gaussian.
         extractor: the Extractor.
-        reconstructed: split -> features of the images after a model's autoencoder; empty until `reconstruct`.
+        reconstructed: {"test": features of the test images after a model's autoencoder}; empty until `reconstruct`.
         shifts, mirrored: how a copy can differ from its image, as a model learns from random crops and mirrored images.
 
     Raises UsageError or RunError where the data or the extractor are missing.
@@ -94,8 +94,8 @@ class RealImages:
         """Means of the numbers in measure(features n x D) over DRAWS subsets of a split, or of all test images.
 
         Returns `floor`, of the images themselves, and where the data are augmented `floor_augmented`, of the same ones
-        cropped and mirrored at random: what a perfect model of all that it learns from would get. After `reconstruct`
-        also `reconstructions`: what a perfect model of the latents would get.
+        cropped and mirrored at random: what a perfect model of all that it learns from would get. Of the test images,
+        after `reconstruct`, also `reconstructions`: what a perfect model of the latents would get.
         """
         whole = split == "test" and n == len(self.test)
         draws = [self.order(split)] if whole else [self.like_test(split, n, draw) for draw in range(DRAWS)]
