@@ -28,12 +28,12 @@ from libs.training.speed import NAIVE, OURS, SAMPLERS, build, measure, profile
 LEGEND = """\
 training: updates as train.py makes them, of random images in memory. naively: in fp32, eager, attention written out,
 tensors contiguous, the optimizer not fused.
-peak memory: of the GPU, or of the whole process; there a sampler's is the largest one so far.
+peak memory: of the GPU; on a CPU of the whole process, where a sampler's includes those of the samplers above it.
 GFLOP: 10^9 multiplications and additions of matrix products and convolutions, per image; in training forward and
 backward, in sampling forward, times the network calls.
 of matmul: GFLOP times images/s, in units of what a {matmul_n} x {matmul_n} matrix product reaches in that precision.
 ~: stopped early and scaled to all network calls.
-ours: images/s and memory of the first row in units of this row's, median of the rounds."""
+ours: images/s and memory of this config's row "training" divided by this row's, median of the rounds."""
 
 
 def parse_args(argv=None):
@@ -165,7 +165,7 @@ def main(argv=None):
         return
     for config in configs.values():
         build(config)  # fail before the work starts
-    device = pick_device(configs[first]["devices"])
+    device = pick_device(configs[first]["devices"][0])
     if args.profile:
         print(f"{first}, batch {configs[first]['loader']['batch_size']}, {machine(device)}")
         print("\n".join(profile(configs[first], device)))

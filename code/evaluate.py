@@ -37,7 +37,8 @@ def parse_args(argv=None):
     parser.add_argument("--features", choices=list(EXTRACTORS), default=None,
                         help="the network whose features are compared (default: classifier for MNIST, else mobilenet)")
     add_sampler_flags(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the noise that images are drawn from (default 0)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of the noise that images are drawn from, or of the choice among those read (default 0)")
     parser.add_argument("--batch-size", type=positive, default=200, help="images drawn at a time (default 200)")
     parser.add_argument("--device", default=None, help="cuda:0, mps or cpu (default: the best there is)")
     parser.add_argument("--data-folder", default=None, help="the real images, if they are not where the config says")
@@ -50,7 +51,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    started, device = time.time(), pick_device([args.device])
+    started, device = time.time(), pick_device(args.device)
 
     # 1. Images to read, or a model to draw them with
     source = find_run(args.source)
@@ -74,7 +75,8 @@ def main(argv=None):
     for path in (json_path, png_path):
         check_output(path, args.overwrite)
     check_count(args, args.num, "--num")
-    check_images(args.num if model else 0, config, "--num")
+    if model:
+        check_images(args.num, config, "--num")
     if config["dataset"]["split"] != "train" and not args.no_memorization:
         raise UsageError(f"dataset.split: {args.source} was trained on the {config['dataset']['split']} images, which "
                          "the search for copies takes for unseen ones; give --no-memorization")

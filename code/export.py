@@ -36,7 +36,7 @@ def main(argv=None):
     kept["config"] = config = portable(config)
     own = "../data/afhq" if config["dataset"]["name"] == "AFHQ" else "../data"
     for section, key, default in ((config, "output_folder", "../logs"), (config["dataset"], "data_folder", own)):
-        if os.path.isabs(section[key]):  # outside the project, and nowhere else
+        if os.path.isabs(section[key]):  # a folder outside the project, which other machines do not have
             section[key] = default
     if os.path.isabs(config["sample_cfg"]["guide"] or ""):
         print(f"note: the guide, {config['sample_cfg']['guide']}, is outside the project; the file needs it there")

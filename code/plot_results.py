@@ -93,8 +93,8 @@ def samples_by_epoch(folder, per_row, n, columns):
     if not grids:
         return None
     parts, n = [], min(n, len(grids))
-    for k in sorted({round(k * (len(grids) - 1) / max(n - 1, 1)) for k in range(n)}):
-        epoch, path = grids[k]
+    for k in range(n):
+        epoch, path = grids[round(k * (len(grids) - 1) / max(n - 1, 1))]
         with open_image(path, "samples") as picture:
             step = (picture.width - 1) // per_row
             parts.append((epoch, picture.convert("RGB").crop((0, 0, step * min(columns, per_row) + 1, picture.height))))

@@ -77,7 +77,7 @@ def main(argv=None):
     labels, folders = classes.repeat(args.num), folder_names(state.get("classes"), model.num_classes)
 
     # ---- 2. What is going to happen
-    device, calls = pick_device([args.device]), network_calls(model, settings)
+    device, calls = pick_device(args.device), network_calls(model, settings)
     print(f"drawing {len(labels):,} images into {args.output}, seed {args.seed}, on {device}")
     print("; ".join([f"{settings['sampler']}, {settings['steps']} steps, {calls} network calls an image",
                      *(f"{k} {v}" for k, v in settings.items() if k not in ("sampler", "steps"))]), flush=True)

@@ -39,12 +39,12 @@ def main(argv=None):
 
 
 def train(args, world, claim):
-    """`main`, while no other training can write into the run folder."""
+    """Train, in the run folder that `claim` keeps other trainings out of."""
     # ---- 1. Configuration
     config, folder, resume_path, state = find_place(args, claim)
     cfg, data = config["train_cfg"], config["dataset"]
     seed_everything(config["seed"])
-    device = pick_device([world.device_name(config["devices"])])
+    device = pick_device(world.device_name(config["devices"]))
     precision = pick_precision(config["dtype"], device)
 
     # ---- 2. Model: before the data are read, to fail early where a setting cannot work
@@ -57,10 +57,10 @@ def train(args, world, claim):
     model = libs.build_model(config, training=device)
     if state:
         check_autoencoder(model, state, config, resume_path)
-    world.share(config["loader"]["batch_size"], num_images)
-    updates = num_images // min(config["loader"]["batch_size"], num_images)  # an epoch
+    world.share(config["loader"]["batch_size"], num_images)  # fails where the processes cannot divide a batch
+    updates_per_epoch = num_images // min(config["loader"]["batch_size"], num_images)
     if world.first:
-        describe(config, model, num_images, updates, device, precision, folder)
+        describe(config, model, num_images, updates_per_epoch, device, precision, folder)
     if args.dry_run:
         return
     world.connect(device)
@@ -70,7 +70,7 @@ def train(args, world, claim):
     report = partial(print, flush=True) if world.first else None
     dataset, _, _ = libs.build_dataset(data["name"], data["split"], data["data_folder"], data["img_size"],
                                        (0, 1) if config["model"]["use_vae"] else (-1, 1), data["limit"])
-    facts = {"updates_per_epoch": updates, "classes": list(dataset.classes),
+    facts = {"updates_per_epoch": updates_per_epoch, "classes": list(dataset.classes),
              "labels_sha256": sha256(dataset.labels.numpy()).hexdigest()[:12]}
     if state:
         check_data(state, resume_path, data["data_folder"], facts)
@@ -83,7 +83,7 @@ def train(args, world, claim):
     world.one_after_the_other(done=True)
 
     # ---- 4. Optimizer and averages; resume
-    trainer = Trainer(model, cfg, device, precision, cfg["epochs"] * updates)
+    trainer = Trainer(model, cfg, device, precision, cfg["epochs"] * updates_per_epoch)
     if state:
         restore(trainer, state, resume_path)
         del state

@@ -40,7 +40,7 @@ def parse_args(argv=None):
                         "(default txt2img.png)")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument("--vae", choices=("kl", "taesd"), default="kl", help="decode with the checkpoint's "
-                        "autoencoder, or with TAESD, quick and coarser (default kl)")
+                        "autoencoder, or with TAESD, faster and coarser (default kl)")
     parser.add_argument("--weights", choices=("ema", "plain"), default="ema", help="averaged or plain weights, if the "
                         "checkpoint has both (default ema)")
     settings = parser.add_argument_group("settings of the config; the defaults are those of sd15.yaml")
@@ -118,7 +118,7 @@ def main(argv=None):
     jobs = [(prompt, args.seed + k) for prompt in prompts for k in range(args.num)]
     names = file_names(args.output, len(jobs), args.overwrite)
     taesd = load_taesd(config["taesd_decoder"]) if args.vae == "taesd" else None
-    device = pick_device(config["devices"])
+    device = pick_device(config["devices"][0])
     auto = "fp16" if device.type == "cuda" else "fp32"
     dtype_name = auto if config["dtype"] == "auto" else config["dtype"]
     dtype, batch = DTYPES[dtype_name], min(args.batch_size, len(jobs))
@@ -136,7 +136,7 @@ def main(argv=None):
     for prompt in dict.fromkeys([args.negative_prompt, *(prompt for prompt, _ in jobs)]):
         if sd.tokenizer.surplus(prompt):
             print(f"prompt too long by {sd.tokenizer.surplus(prompt)} tokens, which are cut off: {prompt[:60]}...")
-    print(f"drawing {len(jobs)} of {width} x {height} pixels on {device} in {dtype_name}: {sampling['sampler']}, "
+    print(f"drawing {len(jobs)} pictures of {width} x {height} pixels on {device} in {dtype_name}: {sampling['sampler']}, "
           f"{steps} steps, guidance scale {scale:g}, seed {args.seed}", flush=True)
 
     # 3. draw, and write each batch when it is finished

@@ -25,8 +25,8 @@ SMALL = dict(img_shape=(1, 8, 8), timesteps=50, dim=8, context_dim=8, num_classe
 def spawn(function, *arguments, **environment):
     """Start function(*arguments) in a process of its own, with these environment variables.
 
-    Returns a function that waits for the process: () -> (exit status, standard output, standard error). Each is a fork
-    of one process that has done nothing but to import train.py, which takes seconds.
+    Returns a function that waits for the process: () -> (exit status, standard output, standard error). Each is a
+    fork of one process that has imported train.py, which takes seconds, and done nothing else.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "helpers"])
@@ -124,7 +124,7 @@ class Place:
         return folder / "epoch_000.pth.tar"
 
     def autoencoder(self):
-        """--set arguments for an autoencoder with weights of the right shapes."""
+        """{setting: value} of an autoencoder with weights of the right shapes, for --set."""
         torch.save(build_encoder().state_dict(), self.root / "encoder.pth")
         torch.save(build_decoder().state_dict(), self.root / "decoder.pth")
         return {"model.use_vae": "true", "model.vae_encoder_weights": self.root / "encoder.pth",

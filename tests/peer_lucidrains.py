@@ -1,6 +1,6 @@
 """What a user would take instead, in the same minutes: lucidrains' classifier-free guidance, trained on MNIST.
 
-python tests/peer_lucidrains.py --minutes 14 --output peer.npz
+python tests/peer_lucidrains.py --minutes 17 --output peer.npz
 python code/evaluate.py peer.npz --config configs/mnist_cpu.yaml
 python tests/peer_lucidrains.py --weights peer.pt --cond-scale 3 --output other.npz      drawn otherwise, not trained
 
@@ -56,7 +56,7 @@ def train(diffusion, dataset, minutes, lr, batch_size):
 
 def draw(diffusion, labels, cond_scale, rescaled_phi):
     """uint8 images N x 1 x 28 x 28. Its own progress bars go to stderr."""
-    cond_scale = 1 + 1e-9 if cond_scale == 1 else cond_scale  # at 1, version 2.3.4 takes one tensor for two
+    cond_scale = 1 + 1e-9 if cond_scale == 1 else cond_scale  # at 1, version 2.3.4 returns one tensor for two
     return torch.cat([to_uint8(diffusion.eval().sample(part, cond_scale, rescaled_phi)) for part in labels.split(200)])
 
 

@@ -133,7 +133,6 @@ def main(argv=None):
                   f"{minutes * (args.updates / (step + 1) - 1):.0f} minutes left", flush=True)
             sums = [0, 0]
     sharpener.decoder.load_state_dict(sharpener.average)
-    sharpener.decoder.requires_grad_(False)
     with atomic_file(args.output) as f:
         save_tensors({name: w.half().contiguous() for name, w in sharpener.average.items()}, f)
     figures, _, _ = evaluate(sharpener.model, test, torch.device("cpu"))

@@ -201,7 +201,7 @@ def test_few_pixels_are_decoded_at_once(tmp_path, monkeypatch):
     """Images of 3 megapixels where 7 are allowed: of eight threads two decode, and none waits for ever."""
     Image.new("1", (2000, 1250)).save(tmp_path / "x.png")
     monkeypatch.setattr(folders, "MEGAPIXELS", 7)
-    monkeypatch.setattr(folders, "free", threading.Semaphore(7))
+    monkeypatch.setattr(folders, "megapixels_left", threading.Semaphore(7))
     inside, most, lock = 0, 0, threading.Lock()
 
     def use(fails):

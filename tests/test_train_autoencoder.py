@@ -17,7 +17,7 @@ from helpers import as_diffusers, one_line, tree
 from libs import ModelEMA, UsageError, load_checkpoint, load_config
 from libs.tiny_autoencoder import TAESD, Block
 from libs.training import autoencoder
-from libs.training.autoencoder import (TrainedTAESD, complete_settings, draw_crops, evaluate, is_hidden_kernel,
+from libs.training.autoencoder import (TrainedTAESD, complete_settings, draw_crops, evaluate, is_taesd_kernel,
                                        load_images, load_settings, psnr, ssim)
 from libs.training.optimizers import build_optimizer
 
@@ -189,7 +189,7 @@ def test_start_from_weights(tmp_path):
 def test_muon_is_for_the_inner_kernels():
     network, cfg = TrainedTAESD().model, load_settings(CONFIG)["train_cfg"]
     groups = {g["orthogonal"]: g["params"]
-              for g in build_optimizer(network, cfg, torch.device("cpu"), is_hidden_kernel).param_groups}
+              for g in build_optimizer(network, cfg, torch.device("cpu"), is_taesd_kernel).param_groups}
     assert {tuple(p.shape) for p in groups[True]} == {(64, 64, 3, 3)} and len(groups[True]) == 66
     assert {tuple(p.shape[:2]) for p in groups[False]} == {(64,), (3,), (4,), (64, 3), (4, 64), (64, 4), (3, 64)}
     assert sum(map(len, groups.values())) == len(list(network.parameters()))

@@ -181,8 +181,8 @@ def test_a_closed_terminal_is_a_signal_but_not_under_nohup():
 # ---- device and precision
 
 def test_a_device_that_is_missing(capsys):
-    assert pick_device(["cpu"]) == CPU and not capsys.readouterr().out
-    assert pick_device(["cuda:77"]).type in ("cpu", "cuda", "mps")
+    assert pick_device("cpu") == CPU and not capsys.readouterr().out
+    assert pick_device("cuda:77").type in ("cpu", "cuda", "mps")
     assert "devices: cuda:77 is not available; using" in capsys.readouterr().out
 
 

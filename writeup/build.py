@@ -81,11 +81,14 @@ def samplers():
                 groups.setdefault(json.dumps(row["way"]), []).append(row)
         for same in sorted(groups.values(), key=lambda rows: rows[0]["network_calls"]):
             way = same[0]["way"]
-            noise = rf", $\eta = {way['eta']:g}$" if way.get("eta") else ""
-            yield [name, NAMES[way["sampler"]] + noise, way["steps"], f"{way['guidance_scale']:g}",
+            yield [name, sampler_name(way), way["steps"], f"{way['guidance_scale']:g}",
                    same[0]["network_calls"], mean([100 * row["label_accuracy"] for row in same], ".2f"),
                    *(mean([row[key] for row in same], ".3f") for key in ("fd_train", "precision", "recall"))]
             name = ""
+
+
+def sampler_name(way):
+    return NAMES[way["sampler"]] + (rf", $\eta = {way['eta']:g}$" if way.get("eta") else "")
 
 
 NAMES = {"dpmpp_2m": "DPM++(2M)", "heun": "Heun", "euler": "Euler", "ddim": "DDIM", "ddpm": "Algorithm 2"}
@@ -103,8 +106,7 @@ def cats():
         groups.setdefault((row["network_calls"], row["kind"]), []).append(row)
     for (calls, kind), same in sorted(groups.items()):
         way = same[0]["way"]
-        sampler = NAMES[way["sampler"]] + (rf", $\eta = {way['eta']:g}$" if way.get("eta") else "")
-        yield [kind, sampler, way["steps"], calls, len(same),
+        yield [kind, sampler_name(way), way["steps"], calls, len(same),
                *(mean([row[key] for row in same], ".3f") for key in ("fd_test", "fd_train", "precision", "recall"))]
 
 

@@ -24,7 +24,7 @@ class SinusoidalPE(nn.Module):
         if dim % 2:
             raise ValueError(f"SinusoidalPE: dim is {dim}; it must be even")
         self.dim, self.max_period = dim, max_period
-        # empty: follows the model's dtype, which the output has; frequencies in it would be rounded
+        # empty: it only carries the model's dtype, for the output; frequencies kept in that dtype would be rounded
         self.register_buffer("like", torch.empty(0), persistent=False)
 
     def forward(self, time):
@@ -44,8 +44,6 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, num_classes, dim, null_label=False):
         super().__init__()
-        self.num_classes = num_classes
-        self.null_label = null_label
         self.embd = nn.Embedding(num_classes + int(null_label), dim)
 
     def forward(self, label):

@@ -55,7 +55,7 @@ class ImageDataset(Dataset):
         return (self.images.shape[1], self.img_size, self.img_size)
 
     def to(self, device):
-        """Move images in memory to `device`, where they fill at most half of it, so that batches are made there."""
+        """Move images in memory to `device`, if they need at most half of what is free there: batches are then made there."""
         if isinstance(self.images, torch.Tensor) and self.images.device != torch.device(device):
             if fits(self.images.nbytes, device, f"{len(self)} images"):
                 self.images, self.labels = self.images.to(device), self.labels.to(device)
@@ -96,7 +96,7 @@ class ImageDataset(Dataset):
 
 
 class RandomViews:
-    """A view of each image as a model learns from them, always the same; indexed like a uint8 tensor, for ImageSet."""
+    """One crop and flip of each image, as in training but always the same; indexed like a uint8 tensor, for ImageSet."""
 
     def __init__(self, dataset, name):
         self.dataset, self.shape = dataset, (len(dataset), *dataset.img_shape)
@@ -208,7 +208,7 @@ def _load_torchvision(name, train, root):
     """A data set of torchvision's as (uint8 N x C x S x S, labels, class names); downloads what is missing."""
     folder = Path(root, "cifar-10-batches-py" if name == "CIFAR10" else f"{name}/raw")
     try:
-        for path in folder.glob("*"):
+        for path in folder.glob("*"):  # torchvision reads all of a file, and waits for a pipe without end
             if not path.is_dir() and (not path.is_file() or path.stat().st_size > 10 ** 8):
                 raise ValueError(f"{path.relative_to(root)} is none of its files; delete it")
         if name == "MNIST":

@@ -13,10 +13,10 @@ from .samplers import draw_noise, guidance_at
 
 
 def ddim_timesteps(timesteps, steps, spacing="uniform"):
-    """`steps` of `timesteps` timesteps from the last, T - 1, down to 0: a list of ints, no two the same.
+    """`steps` of the timesteps T - 1, ..., 0, the noisiest first: a list of ints, no two the same.
 
-    spacing: "uniform", or "quadratic", which is denser near 0 (Section 4.4 and Appendix D.2). Both ends are included
-    (one step: T - 1 alone); the first, T - 1, is the noisiest that training has seen. Raises UsageError unless 1 <= steps <= timesteps.
+    spacing: "uniform", or "quadratic", which is denser near 0 (Section 4.4 and Appendix D.2). Both ends are included;
+    one step is T - 1 alone. Raises UsageError unless 1 <= steps <= timesteps.
     """
     if not 1 <= steps <= timesteps:
         raise UsageError(f"steps: {steps} is not possible; ddim takes 1 and more, at most model.timesteps, {timesteps}")

@@ -168,10 +168,7 @@ class DDPM(Diffusion):
 
         clip: keep x0 in [-1, 1], where pixels are, and return the eps that belongs to it.
         """
-        if guidance_scale == 1.0:
-            out = self.model(x, label, t).to(x.dtype)
-        else:
-            out = self.guided(x, label, t, guidance_scale).to(x.dtype)
+        out = self.guided(x, label, t, guidance_scale).to(x.dtype)
         if self.prediction == "eps":
             eps, x0 = out, self.predict_start_from_noise(x, t, out)
         elif self.prediction == "v":

@@ -133,10 +133,12 @@ class Diffusion(nn.Module):
     # ---- sampling
 
     def check_guidance(self, guidance_scale):
-        """Raise UsageError unless the model can be guided by this without a `guide`, as by DDPM's and DDIM's loops."""
-        if guidance_scale not in (None, 1.0) and self.guide is not None:
+        """Raise UsageError unless this scale works by the label alone: the loops of DDPM and DDIM use no `guide`."""
+        if guidance_scale == 1.0:
+            return
+        if self.guide is not None:
             raise UsageError(f"guide: only {', '.join(SOLVERS)} take it, not ddpm and ddim")
-        if guidance_scale not in (None, 1.0) and self.label_dropout == 0:
+        if self.label_dropout == 0:
             raise UsageError(
                 f"guidance_scale: {guidance_scale} needs a model that was trained with model.label_dropout > 0; "
                 "for this one only 1.0 works"
@@ -196,7 +198,7 @@ class Diffusion(nn.Module):
             generator: source of all randomness; None is torch's global one. A function (step, shape) -> noise
                 such as samplers.image_generator lets each image have its own.
             guidance_scale: see `guided`; with a `guide`, away from what that one would draw.
-            guidance_interval: (sigma_lo, sigma_hi): guide only at these noise levels; None: at all.
+            guidance_interval: (sigma_lo, sigma_hi): guide only where sigma_lo < sigma <= sigma_hi; None: always.
             clip: keep the predicted image in [-1, 1] in every step; not for latents.
             callback: called as callback(step, steps, x) after every step. Its x is the state in DDPM's scaling,
                 sqrt(abar) x_0 + sqrt(1 - abar) noise, whatever the solver's.
@@ -206,6 +208,6 @@ class Diffusion(nn.Module):
         without label dropout.
         """
         if self.guide is None:
-            self.check_guidance(options.get("guidance_scale"))
+            self.check_guidance(options.get("guidance_scale", 1.0))
         labels, x = self.start(labels, noise, generator)
         return self.postprocess(self.solve(x, labels, solver, steps, generator=generator, **options))

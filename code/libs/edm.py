@@ -20,7 +20,7 @@ class EDM(Diffusion):
         sigma_min, sigma_max, rho: the sampler's noise levels, eq. 5, cut to those that training draws (`trained_range`).
 
     The log-normal is divided into `timesteps` equally likely strata: t = 0 is the lowest, as in DDPM, so that both take
-    the same arguments and the same plots. Training draws the place inside a stratum too, so every level occurs.
+    the same arguments and can be plotted alike. Training draws the place inside a stratum too, so every level occurs.
     """
 
     def __init__(self, img_shape=(3, 32, 32), timesteps=1000, dim=64, context_dim=64, num_classes=10,
@@ -71,7 +71,7 @@ class EDM(Diffusion):
         return t.clamp(self.timesteps * 2 ** -23, self.timesteps * (1 - 2 ** -23))  # 0 and T are infinitely far out
 
     def noise_level(self, t):
-        """sigma, B, of the times t: of `draw_times`, or long, which stand for the middle of their strata."""
+        """sigma, B, at the times t: floats as `draw_times` gives, or a stratum's number (long), which means its middle."""
         if not t.is_floating_point():
             return self.sigmas.gather(0, t)
         normal = 2 ** 0.5 * torch.erfinv(2 * t / self.timesteps - 1)  # the normal distribution's quantile

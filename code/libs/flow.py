@@ -42,7 +42,7 @@ class Flow(Diffusion):
     def compute_loss(self, x_start, label, t, noise=None, drop=None, encoded=False, return_each=False):
         """The mean squared error of the velocity. A scalar; see Diffusion.compute_loss for the arguments.
 
-        t: B, of `draw_times`, or long, 0 to timesteps - 1, which stand for the middle between them and the next.
+        t: B, floats as `draw_times` gives, or long, 0 to timesteps - 1, where k means k + 1/2.
         """
         if self.use_vae and not encoded:
             x_start = self.encode(x_start)

@@ -22,8 +22,8 @@ from .samplers import SOLVERS, guidance_at, image_generator, karras_sigmas
 MODELS = {"DDPM": DDPM, "EDM": EDM, "Flow": Flow}
 DEFAULT_SAMPLER = {"DDPM": "ddim", "EDM": "heun", "Flow": "heun"}
 GRID_SAMPLER = {"DDPM": "ddpm"}  # of training's grids, where another: the handout's p_sample_loop
-GUIDANCE = ("guidance_scale", "guidance_interval", "guide", "clip")  # settings of all samplers, beside "steps"
-COMMON_SETTINGS = ("steps", *GUIDANCE)
+KEPT = ("guidance_scale", "guidance_interval", "guide", "clip")  # when another sampler than the config's is chosen
+COMMON_SETTINGS = ("steps", *KEPT)
 
 
 # ---- how images are drawn
@@ -103,7 +103,7 @@ def sampling_settings(model, config, **given):
     settings = dict(config["sample_cfg"])
     name = settings["sampler"] = settings["sampler"] or DEFAULT_SAMPLER[config["model_name"]]
     if given.get("sampler") not in (None, name):  # the config's steps and options were meant for its own sampler
-        settings = {k: v if k in GUIDANCE else None for k, v in settings.items()}
+        settings = {k: v if k in KEPT else None for k, v in settings.items()}
     settings |= {k: v for k, v in given.items() if v is not None}
     name, available = settings["sampler"], samplers_of(model)
     if name not in available:
@@ -143,7 +143,7 @@ def sampling_settings(model, config, **given):
 
 
 def network_calls(model, settings):
-    """How often a network sees one image while it is drawn; in a guided step twice, or once and the guide's once."""
+    """Network calls for one image; a guided one counts twice: with and without label, or the model's and its guide's."""
     options = {k: v for k, v in settings.items() if k not in ("sampler", *COMMON_SETTINGS)}
     levels = SAMPLERS[settings["sampler"]].levels(model, settings["steps"], **options)
     scale, interval = settings["guidance_scale"], settings.get("guidance_interval")
@@ -168,9 +168,9 @@ def draw_images(model, labels, settings, seed=0, batch_size=100, device="cpu", c
                             callback=callback).cpu()
 
 
-def check_images(n, config, key, bytes_each=4):
-    """UsageError unless memory can hold `n` drawn images, a few times as uint8. key: what says how many."""
-    check_memory(n * math.prod(config["model"]["img_shape"]) * bytes_each, f"drawing {n:,} images", f"lower {key}")
+def check_images(n, config, key, bytes_per_value=4):
+    """Raise UsageError unless memory can hold `n` images and the copies made of them. key: the flag that sets n."""
+    check_memory(n * math.prod(config["model"]["img_shape"]) * bytes_per_value, f"drawing {n:,} images", f"lower {key}")
 
 
 def sample_grid(model, config, settings, device, callback=None):

@@ -122,10 +122,10 @@ def euler_ancestral(denoise, x, sigmas, callback=None, generator=None, eta=1.0):
 def dpmpp_2m(denoise, x, sigmas, callback=None, generator=None, eta=0.0):
     """DPM-Solver++(2M): Lu et al. 2022 (arXiv 2211.01095), Algorithm 2, of second order. One call a step.
 
-    With lambda = -ln(sigma); scaled as here, alpha is 1 and their sigma is ours.
+    In the scaling used here their alpha is 1 and their sigma is ours; lambda = -ln(sigma).
 
-    eta: noise added anew on the way, as a share of DDPM's: 0 none, 1 their SDE-DPM-Solver++(2M) (Section 6). The
-        solution of the SDE that removes (1 + eta) times as much noise as the ODE and adds the rest again.
+    eta: fresh noise on the way: 0 none, 1 as their SDE-DPM-Solver++(2M) (Section 6). Each step solves the SDE that
+        removes (1 + eta) times as much noise as the ODE and puts the excess back as fresh noise.
     """
     D_last = h_last = None
     for i, sigma, sigma_next in _steps(sigmas):

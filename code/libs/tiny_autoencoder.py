@@ -63,7 +63,7 @@ def in_parts(network, x):
     return torch.cat([network(part) for part in (x.split(CPU_BATCH) if x.device.type == "cpu" else [x])])
 
 
-def load_weights(module, path, key):
+def load_weight_file(module, path, key):
     """Load a weight file into `module`, strictly. `key` is the config's name for it.
 
     Raises UsageError when the file is missing, is no plain state dict, is another network's, or is not finite.
@@ -98,9 +98,9 @@ class TAESD(nn.Module):
         super().__init__()
         self.encoder, self.decoder = build_encoder(), build_decoder()
         if encoder_path is not None:
-            load_weights(self.encoder, encoder_path, "model.vae_encoder_weights")
+            load_weight_file(self.encoder, encoder_path, "model.vae_encoder_weights")
         if decoder_path is not None:
-            load_weights(self.decoder, decoder_path, "model.vae_decoder_weights")
+            load_weight_file(self.decoder, decoder_path, "model.vae_decoder_weights")
         self.requires_grad_(False).eval()
 
     def hashes(self):

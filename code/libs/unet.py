@@ -18,13 +18,6 @@ def default_heads(dim):
     return min(max(4 * (dim // 128), 4), 8)
 
 
-def zero_module(module):
-    """Set all parameters of `module` to zero and return it."""
-    for p in module.parameters():
-        nn.init.zeros_(p)
-    return module
-
-
 class UNet(nn.Module):
     """UNet after Stable Diffusion's, one ResBlock a level.
 
@@ -138,12 +131,11 @@ class UNet(nn.Module):
             )
 
     def _zero_init(self):
-        for m in self.modules():
-            if isinstance(m, ResBlock):
-                zero_module(m.out_layers[-1])
-            elif isinstance(m, SpatialTransformer):
-                zero_module(m.proj_out)
-        zero_module(self.final_conv[-1])
+        last = [m.out_layers[-1] for m in self.modules() if isinstance(m, ResBlock)]
+        last += [m.proj_out for m in self.modules() if isinstance(m, SpatialTransformer)]
+        for conv in (*last, self.final_conv[-1]):
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
 
     def check_size(self, height, width, scale=1):
         """Raise UsageError unless H x W images can pass; names the nearest sizes that can.

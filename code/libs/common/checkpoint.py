@@ -79,7 +79,7 @@ def remove_old_checkpoints(folder, keep_last):
 
 
 def set_aside_later(path):
-    """Resuming from a file leaves the run that came after it: its checkpoints get the ending `.superseded`."""
+    """Rename the checkpoints newer than `path`, from which a run resumes, to `*.superseded`."""
     folder, name = os.path.split(os.path.abspath(path))
     if not PATTERN.match(name):
         return

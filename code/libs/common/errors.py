@@ -20,7 +20,7 @@ class RunError(RuntimeError):
 
 
 def display_path(path):
-    """A path as people want it in a message: from here, if there is a way."""
+    """A path for messages: relative to the current folder where that is possible."""
     try:
         return os.path.relpath(path)
     except ValueError:  # Windows: another drive

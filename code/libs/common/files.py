@@ -69,7 +69,7 @@ def read_tensors(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def fits(value, own):
+def matches(value, own):
     """Whether something from a file is a dense tensor on the CPU that can be copied into the tensor `own`."""
     return (isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout == torch.strided
             and not value.is_nested and value.shape == own.shape
@@ -83,7 +83,7 @@ def load_tensors(own, state, source):
     Raises UsageError unless names, shapes and kinds agree and all is finite.
     """
     state = state if isinstance(state, dict) else {}
-    differ = [k for k in own if not fits(state.get(k), own[k])] + [k for k in state if k not in own]
+    differ = [k for k in own if not matches(state.get(k), own[k])] + [k for k in state if k not in own]
     if differ:
         raise UsageError(f"{source} is of another architecture: {len(differ)} tensors differ, first {shown(differ[0])}")
     for name, tensor in own.items():

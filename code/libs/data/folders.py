@@ -17,7 +17,7 @@ from ..common.memory import available_memory
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # not EPS, for which Pillow starts Ghostscript
 MEGAPIXELS = 100  # decoded at the same time, by all threads together; up to 2 GB
-free, turn = Semaphore(MEGAPIXELS), Lock()
+megapixels_left, one_at_a_time = Semaphore(MEGAPIXELS), Lock()
 Image.core.set_block_size(2 ** 26)  # so large that malloc gives freed pixels back instead of keeping them per thread
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # for what it cannot read it raises an error too
@@ -87,14 +87,14 @@ def open_image(path, key="dataset.data_folder", size=None):
             need = image.width * image.height // 10 ** 6 + 1
             if need > MEGAPIXELS:
                 raise ValueError(f"{image.width} x {image.height}; must be below {MEGAPIXELS} megapixels")
-            with turn:  # so that no two threads with half of what they need wait for each other
+            with one_at_a_time:  # so that no two threads with half of what they need wait for each other
                 for _ in range(need):
-                    free.acquire()
+                    megapixels_left.acquire()
             try:
                 yield image
             finally:
                 image.close()  # which frees its pixels
-                free.release(need)
+                megapixels_left.release(need)
     except UsageError:
         raise
     except Exception as e:  # a broken file makes its decoder raise almost anything

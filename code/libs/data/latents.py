@@ -40,7 +40,7 @@ class LatentDataset:
         return len(self.labels)
 
     def to(self, device):
-        """Move the latents to a GPU, if they fill at most half of it, so that batches are made there."""
+        """Move the latents to a GPU, if they need at most half of what is free there: batches are then made there."""
         if torch.device(device).type != "cpu" and fits(self.latents.nbytes, device, f"latents of {len(self)} images"):
             self.latents, self.labels = _read(self.latents, device), self.labels.to(device)
         return self

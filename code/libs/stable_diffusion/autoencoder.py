@@ -93,7 +93,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents B x 4 x H/8 x W/8 -> images B x 3 x H x W. `up` counts its levels from the finest, too."""
+    """Latents B x 4 x H/8 x W/8 -> images B x 3 x H x W. `up[0]` is the finest level, as `down[0]` is."""
 
     def __init__(self, dim, dim_mults, num_res_blocks):
         super().__init__()

@@ -54,7 +54,7 @@ def read_safetensors(path):
     try:
         with open(path, "rb") as f:
             start = 8 + int.from_bytes(f.read(8), "little")
-            if start > min(size, 10_000_000):  # 130 kB in files of Stable Diffusion
+            if start > min(size, 10_000_000):  # a damaged length; Stable Diffusion's headers have 130 kB
                 raise ValueError(f"its header should have {start - 8:,} bytes")
             header = json.loads(f.read(start - 8))
             # copy on write: nothing that happens to a tensor reaches the file

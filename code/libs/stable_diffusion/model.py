@@ -6,7 +6,7 @@ from torch import nn
 from ..common.errors import RunError, UsageError
 from ..ddpm import DDPM, quadratic_beta_schedule
 from ..samplers import draw_noise, image_generator
-from ..tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, TAESD, load_weights
+from ..tiny_autoencoder import DOWNSCALE, LATENT_CHANNELS, TAESD, load_weight_file
 
 TIMESTEPS = 1000
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -56,7 +56,7 @@ def drawing_bytes(dtype, height, width, batch_size=1):
 def load_taesd(decoder_path):
     """A TAESD with the decoder of this file. Raises UsageError: no such file, or another network's."""
     taesd = TAESD()
-    load_weights(taesd.decoder, decoder_path, "taesd_decoder")
+    load_weight_file(taesd.decoder, decoder_path, "taesd_decoder")
     return taesd
 
 

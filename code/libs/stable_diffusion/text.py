@@ -29,7 +29,7 @@ def read_merges():
     path = os.path.join(os.path.dirname(spec.origin), "bpe_simple_vocab_16e6.txt.gz")
     with gzip.open(path, "rt", encoding="utf-8") as f:
         lines = f.read().split("\n")
-    return [tuple(line.split()) for line in lines[1:VOCABULARY - 512 - 2 + 1]]  # a title, and more than CLIP uses
+    return [tuple(line.split()) for line in lines[1:VOCABULARY - 512 - 2 + 1]]  # a title, then more pairs than CLIP uses
 
 
 def byte_symbols():

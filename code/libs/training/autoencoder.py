@@ -133,7 +133,7 @@ def initialize(half):
         half[-1].bias += 0.5
 
 
-def is_hidden_kernel(name, p):
+def is_taesd_kernel(name, p):
     """Whether Muon is meant for a weight of TAESD: a kernel of 64 x 64 channels, of neither end."""
     return p.dim() == 4 and p.shape[0] == p.shape[1]
 

@@ -11,16 +11,16 @@ from ..common import rules
 from ..common.errors import first_line
 
 
-def pick_device(names):
-    """The first of the config's devices, or the best there is when it is missing, which is printed, or None."""
-    rules.check("--device", names[0], {"--device": rules.optional(rules.device())}, where="")
-    for name in filter(None, (names[0], "cuda:0", "mps", "cpu")):
+def pick_device(wanted):
+    """The device `wanted`; the best there is where that one is missing, which is printed, or None."""
+    rules.check("--device", wanted, {"--device": rules.optional(rules.device())}, where="")
+    for name in filter(None, (wanted, "cuda:0", "mps", "cpu")):
         try:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError):
             continue
-        if names[0] and name != names[0]:
-            print(f"devices: {names[0]} is not available; using {name}", flush=True)
+        if wanted and name != wanted:
+            print(f"devices: {wanted} is not available; using {name}", flush=True)
         return torch.device(name)
 
 
@@ -78,7 +78,7 @@ def prepare_network(model, cfg, dataset, device, precision=None, n=2, processes=
     on_gpu = device.type == "cuda"
     # a graph writes its gradients to the same memory every time, so those of several parts cannot be added up
     record = on_gpu and cfg["compile"] is None and processes == cfg["accumulate"] == 1
-    compiled = on_gpu and not record if cfg["compile"] is None else cfg["compile"]
+    compiled = cfg["compile"] if cfg["compile"] is not None else on_gpu and not record
     done = []
     for name, wanted, prepare in ("compiled", compiled, _compile), ("CUDA graphs", record, _record):
         if wanted:

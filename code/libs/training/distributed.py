@@ -1,6 +1,6 @@
 """Several processes that train one model, as torchrun starts them; a single process is the case of one.
 
-    torchrun --nproc_per_node=2 train.py ./configs/mnist.yaml
+    torchrun --nproc_per_node=2 code/train.py configs/mnist.yaml
 
 Every process computes its share of each batch, and gradients are averaged. What the global batch is, its noise and
 its noise levels do not depend on how many processes share it.
@@ -58,7 +58,7 @@ class World:
             raise RunError(f"process {self.rank} of {self.size} cannot meet the others ({e})") from None
 
     def one_after_the_other(self, done=False):
-        """Let the first process go on, and the others when it calls this with `done`."""
+        """Called before a piece of work, and after it with `done`: the first process does it alone, then the others."""
         if self.size > 1 and self.first == done:
             dist.barrier(self.setup)
 

@@ -211,7 +211,7 @@ def measure_samplers(config, seconds, device):
 
 def measure(config, kind, width, seconds):
     """{row of the table: its figures} of this process. width: of one of OTHERS, see `build`."""
-    device = pick_device(config["devices"])
+    device = pick_device(config["devices"][0])
     if kind == SAMPLERS:
         return measure_samplers(config, seconds, device)
     return measure_training(config, kind, width, seconds, device)
