@@ -91,9 +91,9 @@ def compare(key, answers):
     """
     shown, won = {name: 0 for name in key["sets"]}, {name: 0 for name in key["sets"]}
     hits = {"recognised": 0, "fd_train": 0, "kd": 0}
-    for (left, right), answer in zip(key["pairs"], answers):
-        chosen, other = (left, right) if answer == "L" else (right, left)
-        shown[left], shown[right], won[chosen] = shown[left] + 1, shown[right] + 1, won[chosen] + 1
+    for (upper, lower), answer in zip(key["pairs"], answers):
+        chosen, other = (upper, lower) if answer == "L" else (lower, upper)
+        shown[upper], shown[lower], won[chosen] = shown[upper] + 1, shown[lower] + 1, won[chosen] + 1
         for name in hits:
             better = key["sets"][chosen][name] - key["sets"][other][name]
             hits[name] += better > 0 if name == "recognised" else better < 0

@@ -1,8 +1,10 @@
 """What all tests share: `code/` on the path, one thread, the real data where the environment names them."""
 
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 # the networks of the tests are tiny, and threads would wait for each other; inherited by processes that tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +22,19 @@ def real_data():
     if not folder:
         pytest.skip("REAL_DATA is not set: the folder that holds mnist/MNIST/raw")
     return folder
+
+
+@pytest.fixture(scope="session")
+def mnist_folder(real_data, tmp_path_factory):
+    """A folder with MNIST that can be written to, unpacked."""
+    from libs import build_dataset
+
+    raw = tmp_path_factory.mktemp("mnist") / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in Path(real_data, "mnist", "MNIST", "raw").glob("*.gz"):
+        shutil.copyfile(path, raw / path.name)
+    build_dataset("MNIST", "train", str(raw.parent.parent))
+    return str(raw.parent.parent)
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,13 @@ from unittest import mock
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from torch import nn
 
 from libs import build_model, config, load_config, save_checkpoint
 from libs.config import CODE, portable
 from libs.tiny_autoencoder import build_decoder, build_encoder
+from scripts import tiny_project
 
 # a network that costs nothing
 SMALL = dict(img_shape=(1, 8, 8), timesteps=50, dim=8, context_dim=8, num_classes=4, dim_mults=(1, 2),
@@ -66,6 +66,19 @@ def one_line(error):
     return message
 
 
+def differences(a, b, where=""):
+    """Where two nested values differ, to the last bit: a list, empty where they are the same."""
+    if type(a) is not type(b):
+        return [where]
+    if isinstance(a, dict):
+        return [x for k in a.keys() | b.keys() for x in differences(a.get(k), b.get(k), f"{where}.{k}")]
+    if isinstance(a, (list, tuple)):
+        nested = [x for k, pair in enumerate(zip(a, b)) for x in differences(*pair, f"{where}[{k}]")]
+        return [where] * (len(a) != len(b)) + nested
+    equal = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if equal else [where]
+
+
 def picture(seed, height=40, width=40):
     """A smooth picture that JPEG and resizing leave alone, another for every seed."""
     rng = np.random.default_rng(seed)
@@ -100,17 +113,8 @@ class Place:
     """A folder with four images and a config that would train on them."""
 
     def __init__(self, root):
-        self.root, self.runs, self.config = root, root / "runs", root / "tiny.yaml"
-        for k, name in enumerate(["cat", "dog"]):
-            (root / "images" / name).mkdir(parents=True)
-            for i in range(2):
-                Image.new("RGB", (20, 20), (100 * k + 50 * i,) * 3).save(root / "images" / name / f"{i}.png")
-        self.config.write_text(yaml.safe_dump({
-            "devices": ["cpu"], "output_folder": str(self.runs),
-            "dataset": {"name": "ImageFolder", "data_folder": str(root / "images"), "img_size": 16},
-            "loader": {"batch_size": 2},
-            "model": {"dim": 8, "context_dim": 8, "dim_mults": [1, 2], "attn_levels": [], "timesteps": 10},
-            "sample_cfg": {"steps": 2}}))
+        self.root, self.runs = root, root / "runs"
+        self.config = tiny_project(root, 20, sample_cfg={"steps": 2})
 
     def checkpoint(self, *overrides, **more):
         """Path of a checkpoint in a run folder, as if trained with these settings."""

@@ -61,7 +61,7 @@ def their_unet(tensors, cfg):
         block_out_channels=[cfg["dim"] * m for m in cfg["dim_mults"]], layers_per_block=cfg["num_res_blocks"],
         down_block_types=["CrossAttnDownBlock2D" if i in cfg["attn_levels"] else "DownBlock2D" for i in levels],
         up_block_types=["CrossAttnUpBlock2D" if i in cfg["attn_levels"] else "UpBlock2D" for i in reversed(levels)],
-        attention_head_dim=cfg["num_heads"], cross_attention_dim=cfg["context_dim"])  # in fact their number
+        attention_head_dim=cfg["num_heads"], cross_attention_dim=cfg["context_dim"])  # diffusers' name for the number of heads
     return loaded(unet, convert_ldm_unet_checkpoint(dict(tensors), unet.config))
 
 

@@ -1,6 +1,5 @@
 """The digit classifier: the weights that are shipped, and the script that makes them."""
 
-import gzip
 import os
 
 import pytest
@@ -10,18 +9,6 @@ import train_classifier
 from helpers import one_line
 from libs import UsageError, build_dataset
 from libs.evaluation.classifier import WEIGHTS, DigitClassifier, accuracy, file_hash, load_classifier
-
-
-@pytest.fixture(scope="module")
-def mnist(real_data, tmp_path_factory):
-    """A folder with MNIST, unpacked."""
-    root = tmp_path_factory.mktemp("mnist")
-    (root / "MNIST" / "raw").mkdir(parents=True)
-    source = os.path.join(real_data, "mnist", "MNIST", "raw")
-    for name in (name for name in os.listdir(source) if name.endswith(".gz")):
-        with gzip.open(os.path.join(source, name)) as f:
-            (root / "MNIST" / "raw" / name.removesuffix(".gz")).write_bytes(f.read())
-    return str(root)
 
 
 def test_shipped_weights():
@@ -35,8 +22,8 @@ def test_shipped_weights():
     assert torch.allclose(model(x), model.head(features), atol=1e-5)
 
 
-def test_shipped_weights_read_digits(mnist):
-    test = build_dataset("MNIST", "test", mnist)[0]
+def test_shipped_weights_read_digits(mnist_folder):
+    test = build_dataset("MNIST", "test", mnist_folder)[0]
     model = load_classifier()
     # five hundred digits spread over all, two standard errors of slack
     images, labels = test.images[::20], test.labels[::20]
@@ -67,12 +54,12 @@ def test_missing_and_wrong_files(tmp_path):
         load_classifier(tmp_path / "nowhere.pth")
 
 
-def test_the_script_trains_and_refuses_to_overwrite(mnist, tmp_path, capsys, monkeypatch):
-    test = build_dataset("MNIST", "test", mnist)[0]
+def test_the_script_trains_and_refuses_to_overwrite(mnist_folder, tmp_path, capsys, monkeypatch):
+    test = build_dataset("MNIST", "test", mnist_folder)[0]
     test.images, test.labels = test.images[:500], test.labels[:500]  # for both splits: it need not learn
     monkeypatch.setattr(train_classifier, "build_dataset", lambda *arguments: (test, 10, (1, 28, 28)))
     out = tmp_path / "c.pth"
-    args = ["--data-folder", mnist, "--output", str(out), "--epochs", "1", "--limit", "500"]
+    args = ["--data-folder", mnist_folder, "--output", str(out), "--epochs", "1", "--limit", "500"]
     train_classifier.main(args)
     assert "test accuracy" in capsys.readouterr().out
     model = load_classifier(out)
@@ -85,8 +72,8 @@ def test_the_script_trains_and_refuses_to_overwrite(mnist, tmp_path, capsys, mon
         train_classifier.main(["--epochs", "0"])
 
 
-def test_augmented_digits_are_the_same_digits(mnist):
-    test = build_dataset("MNIST", "test", mnist)[0]
+def test_augmented_digits_are_the_same_digits(mnist_folder):
+    test = build_dataset("MNIST", "test", mnist_folder)[0]
     x = test.images[:500].float() / 255
     moved = train_classifier.augment(x)
     assert (moved - x).abs().mean() > 0.02 and 0 <= moved.min() and moved.max() <= 1

@@ -125,17 +125,6 @@ def test_timesteps_of_every_number_of_steps(T):
         assert ddim_timesteps(T, 11, "quadratic") == [999, 809, 639, 490, 360, 250, 160, 90, 40, 10, 0]
 
 
-@pytest.mark.parametrize("options", [{}, {"eta": 0.3, "spacing": "quadratic"}])
-def test_every_number_of_steps_runs(options):
-    model, labels = small(timesteps=12), torch.tensor([0, 3])
-    for steps in range(1, 13):
-        count = []
-        images = model.p_sample_loop(labels, steps, callback=lambda k, n, x: count.append((k, n)), **options)
-        assert count == [(k, steps) for k in range(1, steps + 1)]
-        assert images.shape == (2, 1, 8, 8) and torch.isfinite(images).all()
-        assert images.min() >= 0 and images.max() <= 1
-
-
 @pytest.mark.parametrize("steps", [0, 51])
 def test_impossible_numbers_of_steps(steps):
     with pytest.raises(UsageError, match=f"steps: {steps} .* 1 and .* 50"):

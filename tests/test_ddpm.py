@@ -73,8 +73,6 @@ def test_q_sample_mean_and_variance_at_every_t():
     assert (abs(var / (1 - abar) - 1) < 4.5 * np.sqrt(2 / n)).all()
 
 
-# ---- eps, v and x0
-
 # ---- the end of the schedule, from both sides
 
 @pytest.mark.parametrize("options, words", [
@@ -157,17 +155,6 @@ def test_loss_reaches_the_weights_and_draws_its_own_noise():
     # one context token needs no query: see TransformerBlock
     idle = ("norm2", "attn2.to_q", "attn2.to_k")
     assert all((p.grad is None) == any(word in name for word in idle) for name, p in model.model.named_parameters())
-
-
-def test_loss_of_a_latent_model():
-    model = small(img_shape=(3, 64, 64), use_vae=True)
-    images, t = torch.rand(2, 3, 64, 64), torch.tensor([3, 40])
-    latents, noise = model.vae.encoder(images), torch.randn(2, 4, 8, 8)
-    loss = model.compute_loss(images, t % 4, t, noise)
-    assert loss == model.compute_loss(latents, t % 4, t, noise, encoded=True)
-    with torch.no_grad():
-        out = model.model(model.q_sample(latents, t, noise), t % 4, t)
-    assert loss.item() == pytest.approx((out - noise).square().mean().item(), rel=1e-5)
 
 
 def test_label_dropout():

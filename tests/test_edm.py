@@ -137,13 +137,6 @@ def test_levels_that_training_never_draws_are_refused(options):
         small(**options)
 
 
-def test_loss_of_a_latent_model():
-    model = small(img_shape=(3, 64, 64), use_vae=True)
-    images, t, noise = torch.rand(2, 3, 64, 64), torch.tensor([3, 40]), torch.randn(2, 4, 8, 8)
-    assert model.compute_loss(images, t % 4, t, noise) == model.compute_loss(
-        model.vae.encoder(images), t % 4, t, noise, encoded=True)
-
-
 # ---- sampling
 
 def test_karras_sigmas():

@@ -77,13 +77,6 @@ def test_times_are_logit_normal(P_mean, P_std):
     assert far.dtype == torch.float32 and far.max() < 100  # in float32 too; all arguments count to `timesteps` alone
 
 
-def test_loss_of_a_latent_model():
-    model = small(img_shape=(3, 64, 64), use_vae=True)
-    images, t, noise = torch.rand(2, 3, 64, 64), torch.tensor([3, 40]), torch.randn(2, 4, 8, 8)
-    assert model.compute_loss(images, t % 4, t, noise) == model.compute_loss(
-        model.vae.encoder(images), t % 4, t, noise, encoded=True)
-
-
 # ---- the denoiser
 
 def test_denoise_of_gaussian_data():

@@ -182,7 +182,7 @@ def test_export_sets_nothing_of_the_training(place):
         export.main([str(place.model), "e.pth.tar", "--set", "sample_cfg.steps=many"])
 
 
-def test_a_ddpms_own_loop_takes_no_guide(place):
+def test_a_ddpms_own_loop_takes_no_guide():
     model = MODELS["DDPM"](**{**SMALL, "label_dropout": 0.1}).eval()
     model.guide = MODELS["EDM"](**SMALL).eval()
     with pytest.raises(UsageError, match="guide: only heun"):

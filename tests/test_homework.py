@@ -1,10 +1,7 @@
 """The homework's own code is the code that runs, and it has the names and signatures that a grader calls."""
 
-import ast
-import inspect
 import os
 import shutil
-import textwrap
 
 import numpy as np
 import pytest
@@ -102,20 +99,6 @@ def test_run_folder_has_the_handouts_files(traced):
                                                   "model_final.pth.tar"}
 
 
-def source_tree(function):
-    return ast.parse(textwrap.dedent(inspect.getsource(function)))
-
-
-def calls_in(node):
-    return [ast.unparse(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)]
-
-
-def test_algorithms_1_and_2_stand_in_the_methods_themselves():
-    loop, = [n for n in ast.walk(source_tree(DDPM.p_sample_loop)) if isinstance(n, ast.For)]
-    assert "range(self.timesteps)" in ast.unparse(loop.iter) and "self.p_sample" in calls_in(loop)
-    assert {"self.q_sample", "self.model"} <= set(calls_in(source_tree(DDPM.compute_loss)))
-
-
 class Halves(DDPM):
     """A student's sampler: overrides p_sample alone, with the handout's four arguments."""
 
@@ -128,6 +111,7 @@ def test_p_sample_loop_uses_an_overridden_p_sample():
     model = Halves(**{**SMALL, "timesteps": 3}).eval()
     model.seen = []
     images = model.p_sample_loop(torch.tensor([3, 1]), noise=torch.ones(2, 1, 8, 8))
+    assert not images.requires_grad
     assert model.seen == [([3, 1], [i, i], i) for i in (2, 1, 0)]
     assert torch.allclose(images, torch.full((2, 1, 8, 8), (1 / 8 + 1) / 2))
 

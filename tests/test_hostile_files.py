@@ -10,10 +10,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
-from scripts import PROJECT, command
+from scripts import PROJECT, command, tiny_project
 
 GIB = 2 ** 30
 SD = os.path.join(PROJECT, "configs", "sd15.yaml")
@@ -23,15 +22,7 @@ SD = os.path.join(PROJECT, "configs", "sd15.yaml")
 def place(tmp_path_factory):
     """A folder with two classes of images and tiny.yaml, which would train on them."""
     root = tmp_path_factory.mktemp("hostile")
-    for name in ("cat", "dog"):
-        (root / "images" / name).mkdir(parents=True)
-        for i in range(2):
-            Image.new("RGB", (20, 20), (50 * i,) * 3).save(root / "images" / name / f"{i}.png")
-    (root / "tiny.yaml").write_text(yaml.safe_dump({
-        "devices": ["cpu"], "output_folder": str(root / "runs"),
-        "dataset": {"name": "ImageFolder", "data_folder": str(root / "images"), "img_size": 16},
-        "loader": {"batch_size": 2}, "train_cfg": {"epochs": 1},
-        "model": {"dim": 8, "context_dim": 8, "dim_mults": [1, 2], "attn_levels": [], "timesteps": 10}}))
+    tiny_project(root, 20, train_cfg={"epochs": 1})
     return root
 
 
@@ -88,7 +79,8 @@ def test_images_that_unpack_to_gigabytes(place, tmp_path):
 # ---------------------------------------------------------------- sets of images to evaluate
 
 def evaluate(place, source, **options):
-    r = command("evaluate.py", source, "--config", place / "tiny.yaml", "--no-memorization", cwd=place, **options)
+    r = command("evaluate.py", source, "--config", place / "tiny.yaml", "--no-memorization", "--features", "inception",
+                cwd=place, **options)
     assert os.path.basename(source) in r.message
     return r
 
@@ -120,7 +112,7 @@ IMAGES = np.zeros((4, 16, 16, 3), np.uint8)
     ("images are 28 x 28, those of the data set 16 x 16", dict(arr_0=np.zeros((4, 28, 28, 3), np.uint8))),
 ], ids=["large", "negative", "encrypted", "labels", "size"])
 def test_an_npz_file_is_refused_before_the_work(place, tmp_path, said, arrays):
-    """What evaluates these images, of no MNIST, is not here: nothing has looked for it yet."""
+    """Before the real images are measured: Inception's weights, which that needs, are not here."""
     r = evaluate(place, npz(tmp_path / "x.npz", **arrays))
     assert said in r.message and r.memory < GIB
 

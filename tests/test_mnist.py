@@ -19,24 +19,12 @@ from libs import RunError, build_dataset, datasets, describe_dataset
 from libs.data import mnist
 
 
-@pytest.fixture(scope="module")
-def mnist_root(real_data, tmp_path_factory):
-    """A writable copy: loading unpacks the files beside the packed ones."""
-    root = tmp_path_factory.mktemp("mnist")
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name in mnist.MD5:
-        shutil.copyfile(os.path.join(real_data, "mnist", "MNIST", "raw", name + ".gz"), raw / (name + ".gz"))
-    build_dataset("MNIST", "train", str(root))
-    return root
-
-
 @pytest.mark.parametrize("split, n, histogram", [
     ("train", 60000, [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]),
     ("test", 10000, [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]),
 ])
-def test_mnist(mnist_root, split, n, histogram):
-    dataset, num_classes, img_shape = build_dataset("MNIST", split, str(mnist_root))
+def test_mnist(mnist_folder, split, n, histogram):
+    dataset, num_classes, img_shape = build_dataset("MNIST", split, mnist_folder)
     assert (len(dataset), num_classes, img_shape) == (n, 10, (1, 28, 28)) and dataset.classes == list("0123456789")
     assert describe_dataset("MNIST", split, "no folder") == (10, n)
     assert torch.bincount(dataset.labels).tolist() == histogram
@@ -49,15 +37,15 @@ def test_mnist(mnist_root, split, n, histogram):
     assert image.shape == (1, 28, 28) and type(label) is int and label == {"train": 5, "test": 7}[split]
 
 
-def test_mnist_of_another_size(mnist_root):
-    small, large = (build_dataset("MNIST", "test", str(mnist_root), size, limit=500)[0] for size in (28, 32))
+def test_mnist_of_another_size(mnist_folder):
+    small, large = (build_dataset("MNIST", "test", mnist_folder, size, limit=500)[0] for size in (28, 32))
     assert large.img_shape == large[0][0].shape == (1, 32, 32)
     a, b = (x.batch(torch.arange(500))[0] for x in (small, large))
     assert abs(a.mean() - b.mean()) < 0.02  # the digits keep their place and grey levels
 
 
-def test_damaged_mnist_is_made_good_from_the_packed_files(mnist_root, tmp_path):
-    shutil.copytree(mnist_root, tmp_path / "data")
+def test_damaged_mnist_is_made_good_from_the_packed_files(mnist_folder, tmp_path):
+    shutil.copytree(mnist_folder, tmp_path / "data")
     path = tmp_path / "data" / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -156,8 +144,6 @@ def test_the_package_is_not_unpacked_beyond_what_mnist_needs(tmp_path, index_giv
     assert read == [10_000]
 
 
-# ---- the others
-
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte.gz"])
 def test_what_cannot_be_a_file_of_mnist_is_not_read(tmp_path, name):
     path = tmp_path / "MNIST" / "raw" / name
@@ -168,6 +154,8 @@ def test_what_cannot_be_a_file_of_mnist_is_not_read(tmp_path, name):
         build_dataset("MNIST", "train", str(tmp_path))
     one_line(error)
 
+
+# ---- the others
 
 def test_images_of_another_data_set(tmp_path):
     """The files of Fashion-MNIST are read by torchvision, which looks at no checksum."""

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import train
-from helpers import spawn, tree
+from helpers import differences, spawn, tree
 from libs import UsageError
 from libs.common.cli import run
 from libs.tiny_autoencoder import TAESD, build_decoder, build_encoder
@@ -98,25 +98,10 @@ def project(tmp_path, images, monkeypatch):
     return project
 
 
-def assert_identical(a, b, where=""):
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for k in a:
-            assert_identical(a[k], b[k], f"{where}.{k}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_identical(x, y, f"{where}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
-
-
 def assert_same_end(a, b, epochs=EPOCHS):
     """Two run folders end with the same weights, states, and pictures."""
-    assert_identical(*(torch.load(folder / f"epoch_{epochs - 1:03d}.pth.tar", weights_only=True) for folder in (a, b)))
+    assert not differences(*(torch.load(folder / f"epoch_{epochs - 1:03d}.pth.tar", weights_only=True)
+                             for folder in (a, b)))
     assert (a / f"sample-{epochs - 1}.png").read_bytes() == (b / f"sample-{epochs - 1}.png").read_bytes()
 
 
@@ -195,7 +180,7 @@ def test_run_folder(project, tmp_path, monkeypatch, capsys):
     assert board.Tags()["tensors"] == ["config/text_summary"]
 
     train.main([config, "--resume", str(folder)])  # a finished run is not trained again
-    assert_identical(final, torch.load(folder / "model_final.pth.tar", weights_only=True))
+    assert not differences(final, torch.load(folder / "model_final.pth.tar", weights_only=True))
     train.main(["--resume", str(folder), "--set", "train_cfg.epochs=5", "-c", "1"])  # it can be prolonged
     assert "train_cfg.epochs: 4 until now, 5 from here on" in capsys.readouterr().out
     assert torch.load(folder / "epoch_004.pth.tar", weights_only=True)["ckpt_freq"] == 1

@@ -171,11 +171,6 @@ def test_what_is_refused(place, call, monkeypatch, capsys, arguments, words):
     assert place.files() == before and "drawing" not in capsys.readouterr().out
 
 
-def test_guidance_of_a_model_that_cannot_be_guided(place, call):
-    with pytest.raises(UsageError, match="label_dropout"):
-        call("--guidance-scale", "2", checkpoint=place.checkpoint())
-
-
 @pytest.mark.parametrize("name", ["a.png", "a.npz", "a/"])
 def test_outputs_are_whole_or_not_there(place, call, monkeypatch, name):
     if not name.endswith("/"):

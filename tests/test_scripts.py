@@ -3,11 +3,9 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
-import pytest
 import torch
 from PIL import Image
 
@@ -78,18 +76,9 @@ def test_label_accuracy_of_the_shipped_model():
     assert (load_classifier()(images).argmax(1) == labels).sum() >= 95
 
 
-@pytest.fixture(scope="module")
-def digits(real_data, tmp_path_factory):
-    """A copy of MNIST that can be written to."""
-    folder = tmp_path_factory.mktemp("digits") / "MNIST" / "raw"
-    shutil.copytree(os.path.join(real_data, "mnist", "MNIST", "raw"), folder, copy_function=shutil.copyfile)
-    os.chmod(folder, 0o755)
-    return str(folder.parent.parent)
-
-
-def test_real_mnist(digits, tmp_path, capsys):
+def test_real_mnist(mnist_folder, tmp_path, capsys):
     """mnist.yaml on real digits, shortened: a few of the test digits, a narrow network, one epoch."""
-    settings = [f"output_folder={tmp_path}", f"dataset.data_folder={digits}", "dataset.split=test",
+    settings = [f"output_folder={tmp_path}", f"dataset.data_folder={mnist_folder}", "dataset.split=test",
                 "dataset.limit=1280", "model.dim=16",
                 "train_cfg.epochs=1", "train_cfg.lr=2e-3", "model.attn_levels=[1]", "train_cfg.num_eval_samples=1",
                 "sample_cfg.sampler=ddim", "sample_cfg.steps=4", "devices=[cpu]"]
@@ -98,13 +87,13 @@ def test_real_mnist(digits, tmp_path, capsys):
     assert len(losses) == 2 and losses[-1] < 0.6 * losses[0]  # noise is predictable once something is learnt
 
 
-def test_the_report_of_the_shipped_model(digits, tmp_path, monkeypatch):
+def test_the_report_of_the_shipped_model(mnist_folder, tmp_path, monkeypatch):
     """Beside 4,000 training digits, and less the search for copies, which test_memorization.py tests."""
     monkeypatch.setattr("libs.config.CACHE", str(tmp_path / "cache"))
     state = libs.load_checkpoint(MODEL)
     state["config"]["dataset"]["limit"] = 4000
     libs.save_checkpoint(state, False, str(tmp_path), "limited.pth.tar")
-    evaluate.main([str(tmp_path / "limited.pth.tar"), "--num", "100", "--steps", "8", "--data-folder", digits,
+    evaluate.main([str(tmp_path / "limited.pth.tar"), "--num", "100", "--steps", "8", "--data-folder", mnist_folder,
                    "--no-memorization", "--output", str(tmp_path / "a.json")])
     figures = json.loads((tmp_path / "a.json").read_text())
     for name in ("generated", "floor"):  # of 100 images, too few to tell which is the better

@@ -148,17 +148,7 @@ def test_both_branches_go_in_one_call(sd):
     del calls[:]
     sd.sample("a cat", "blurry", steps=3, guidance_scale=1, **SIZE)
     assert [len(x) for x, _, _ in calls] == [1, 1, 1]
-
-
-def test_prompt_negative_prompt_and_scale_matter(sd):
-    noise = torch.randn(1, 4, 8, 8)
-
-    def draw(prompt="a cat", negative="", scale=7.5):
-        return sd.sample(prompt, negative, steps=3, noise=noise, guidance_scale=scale, **SIZE)
-
-    for other in (draw("a dog"), draw(negative="blurry"), draw(scale=2)):
-        assert levels(draw(), other)[1] > 5
-    assert torch.equal(draw(scale=1), draw(scale=1, negative="blurry"))
+    assert torch.equal(calls[0][2], sd.encode_text(["a cat"]))
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral"])
