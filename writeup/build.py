@@ -122,7 +122,7 @@ def denoising():
 def recipes():
     """Rows of both recipes of the quick start, each trained with several seeds."""
     for name, files in (("the quick start", ("evaluation", "seed_1", "seed_2")),
-                        ("the recipe before", ["earlier_0"])):
+                        ("the recipe before", ("earlier_0", "earlier_1", "earlier_2"))):
         found = [read(f"mnist_cpu/{file}.json")["generated"] for file in files]
         yield [name, len(found), *(mean([factor * row[key] for row in found], form) for key, factor, form in (
             ("label_accuracy", 100, ".2f"), ("fd_train", 1, ".3f"), ("fd_test", 1, ".3f"), ("precision", 1, ".3f"),
