@@ -28,7 +28,8 @@ def build(dim, dim_mults, sampling_timesteps=1000):
     """Its GaussianDiffusion of digits. With fewer than 1000 sampling_timesteps it draws by its DDIM."""
     from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
     return GaussianDiffusion(Unet(dim, num_classes=10, dim_mults=tuple(dim_mults), channels=1), image_size=SIZE,
-                             timesteps=1000, sampling_timesteps=sampling_timesteps)
+                             timesteps=1000, sampling_timesteps=sampling_timesteps,
+                             ddim_sampling_eta=1 - 1e-6)  # its default is 1, where it may take the root of -1e-8
 
 
 def train(diffusion, dataset, minutes, lr, batch_size):
