@@ -194,7 +194,7 @@ def main(argv=None):
     (BUILD / "report.tex").write_text(fill((HERE / "report.tex").read_text()))
     if not shutil.which("latexmk"):
         sys.exit("build.py: latexmk is missing: install TeX Live (Debian: texlive-latex-extra texlive-pictures latexmk)")
-    done = subprocess.run(["latexmk", "-pdf", "-interaction=nonstopmode", "-halt-on-error", "-silent", "report.tex"],
+    done = subprocess.run(["latexmk", "-g", "-pdf", "-interaction=nonstopmode", "-halt-on-error", "-silent", "report.tex"],
                           cwd=BUILD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = (BUILD / "report.log").read_text(errors="replace") if (BUILD / "report.log").exists() else ""
     wrong = re.findall(r"^(?:! .*|Overfull .*|LaTeX Warning: (?:Reference|Citation).*)$", log, re.M)
