@@ -32,7 +32,7 @@ ACCURACY = {"label accuracy": ("label_accuracy", lambda x: f"{100 * x:.2f} %"),
             "recognised": ("recognised", lambda x: f"{100 * x:.2f} %")}
 RATIO_TO_FLOOR = {"floors": ("floors", "{:.1f}".format)}
 QUALITY_AND_TIME = {"precision": ("precision", "{:.3f}".format), "recall": ("recall", "{:.3f}".format),
-        "seconds for 1,000 images": ("seconds_per_1000", "{:.1f}".format)}
+                    "seconds for 1,000 images": ("seconds_per_1000", "{:.1f}".format)}
 SAMPLER_COLUMNS = ACCURACY | {"FD": ("fd_train", "{:.3f}".format)} | RATIO_TO_FLOOR | QUALITY_AND_TIME
 FACTS = {"parameters": ("parameters", "{:,}".format), "images seen": ("images_seen", "{:,}".format),
          "training, TFLOP": ("training_operations", lambda x: f"{x / 1e12:.1f}")}
