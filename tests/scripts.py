@@ -1,7 +1,4 @@
-"""Scripts as a user starts them, each in a process of its own that is watched: status, output, time and memory.
-
-Imports nothing of the project, so that the environment variable PROJECT can name another checkout to attack.
-"""
+"""Scripts as a user starts them, each in a process of its own that is watched: status, output and memory."""
 
 import multiprocessing
 import os
@@ -10,7 +7,6 @@ import runpy
 import signal
 import sys
 import tempfile
-import time
 import warnings
 from multiprocessing import forkserver
 from typing import NamedTuple
@@ -19,7 +15,7 @@ from unittest import mock
 import yaml
 from PIL import Image
 
-PROJECT = os.path.abspath(os.environ.get("PROJECT") or os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+PROJECT = os.path.abspath(os.path.join(os.path.dirname(__file__), ".."))
 # what scripts spend their first seconds on
 PRELOADED = ["scripts", "torch.utils.tensorboard", "libs", "libs.evaluation", "libs.training.run_folder"]
 
@@ -30,7 +26,6 @@ class Ended(NamedTuple):
     status: int
     out: str
     err: str
-    seconds: float
     memory: float
 
     @property
@@ -72,17 +67,16 @@ def start(script, *arguments, cwd=None, seconds=30, environment=None):
     folder = tempfile.TemporaryDirectory()
     process = context.Process(target=_run, args=(path, [str(a) for a in arguments], cwd or folder.name, seconds,
                                                  environment or {}, folder.name))
-    started = time.monotonic()
     process.start()
 
     def wait():
         process.join()
-        taken, read = time.monotonic() - started, {}
+        read = {}
         for name in ("out", "err", "memory"):
             with open(os.path.join(folder.name, name), "a+", errors="replace") as f:
                 f.seek(0)
                 read[name] = f.read()
-        return Ended(process.exitcode, read["out"], read["err"], taken, float(read["memory"] or "nan"))
+        return Ended(process.exitcode, read["out"], read["err"], float(read["memory"] or "nan"))
 
     wait.process, wait.folder = process, folder  # the folder is deleted when nobody can wait any more
     return wait
@@ -92,8 +86,6 @@ def _run(path, arguments, cwd, seconds, environment, folder):
     os.environ.update(environment, OMP_NUM_THREADS="1")
     for number, name in enumerate(("out", "err"), 1):
         os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), number)
-    for name in {"CODE", "CACHE"} & environment.keys():  # folders in place of the project's
-        setattr(sys.modules["libs.config"], name, environment[name])
     os.chdir(cwd)
     sys.argv, sys.path[0] = [path, *arguments], os.path.dirname(path)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

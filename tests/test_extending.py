@@ -96,10 +96,10 @@ def test_a_data_set(code, tmp_path):
     insert(code / "libs" / "config.py", "KNOWN = {", f"\n{known}")
     insert(code / "libs" / "datasets.py", "SIZES = {", f"\n{size}\n   ")
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"dataset": {"name": "KMNIST", "data_folder": str(tmp_path)}}))
-    train = f"import train; train.main(['{tmp_path / 'mine.yaml'}', '--dry-run'])"
-    load = (f"import libs; data, *facts = libs.build_dataset('KMNIST', 'train', {str(tmp_path)!r}); "
-            "print(facts, data.classes, ((data[4][0] + 1) * 127.5).round().byte().tolist()[0])")
-    facts = f"{[10, (1, 28, 28)]} {tv.KMNIST.classes} {pixels[4].tolist()}"
-    for command, expected in (train, "parameters, 60,000 images"), (load, facts):
-        done = subprocess.run([sys.executable, "-c", command], cwd=code, capture_output=True, text=True, timeout=300)
+    both = ("import libs, train; "
+            f"data, *facts = libs.build_dataset('KMNIST', 'train', {str(tmp_path)!r}); "
+            "print(facts, data.classes, ((data[4][0] + 1) * 127.5).round().byte().tolist()[0]); "
+            f"train.main(['{tmp_path / 'mine.yaml'}', '--dry-run'])")
+    done = subprocess.run([sys.executable, "-c", both], cwd=code, capture_output=True, text=True, timeout=300)
+    for expected in (f"{[10, (1, 28, 28)]} {tv.KMNIST.classes} {pixels[4].tolist()}", "parameters, 60,000 images"):
         assert expected in done.stdout, done.stderr

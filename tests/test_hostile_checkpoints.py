@@ -271,8 +271,9 @@ def test_a_clone_looks_for_data_in_itself(tmp_path):
               for k, model in enumerate(models)]
     nowhere = "http://127.0.0.1:9"
     done = subprocess.run([sys.executable, "-c", DRIVER, json.dumps(calls)], cwd=clone, capture_output=True, text=True,
-                          env=os.environ | {"http_proxy": nowhere, "https_proxy": nowhere, "OMP_NUM_THREADS": "1",
-                                            "TORCH_HOME": str(clone / "torch"), "PYTHONDONTWRITEBYTECODE": "1"})
+                          env=os.environ | {"http_proxy": nowhere, "https_proxy": nowhere, "PIP_RETRIES": "0",
+                                            "OMP_NUM_THREADS": "1", "TORCH_HOME": str(clone / "torch"),
+                                            "PYTHONDONTWRITEBYTECODE": "1"})
     assert "Traceback" not in done.stderr and models, done.stderr
     lines = done.stderr.splitlines()
     for model in models:

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import torch
 from PIL import Image
@@ -15,9 +13,11 @@ import libs
 import sample
 import train
 from helpers import tree
+from libs import datasets
 from libs.config import CODE
 from libs.evaluation.classifier import load_classifier
 from libs.tiny_autoencoder import build_decoder, build_encoder
+from scripts import command
 
 ROOT = os.path.dirname(CODE)
 MODEL = os.path.join(ROOT, "pretrained", "mnist_cpu.pth.tar")
@@ -60,11 +60,9 @@ def test_latent_diffusion_of_faces(tmp_path, monkeypatch, capsys):
 
 def test_dry_run_writes_nothing(tmp_path):
     """In the handout's form, in a process of its own; test_readme.py has the form from the root."""
-    done = subprocess.run([sys.executable, "./train.py", "./configs/mnist.yaml", "--dry-run",
-                           "--set", f"output_folder={tmp_path}/logs"],
-                          cwd=CODE, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "6,595,649 parameters" in done.stdout and "28,110 in all" in done.stdout
+    done = command("./train.py", "./configs/mnist.yaml", "--dry-run", "--set", f"output_folder={tmp_path}/logs", cwd=CODE)
+    assert done.status == 0, done.err
+    assert "6,595,649 parameters" in done.out and "28,110 in all" in done.out
     assert os.listdir(tmp_path) == []
 
 
@@ -79,22 +77,24 @@ def test_label_accuracy_of_the_shipped_model():
 def test_real_mnist(mnist_folder, tmp_path, capsys):
     """mnist.yaml on real digits, shortened: a few of the test digits, a narrow network, one epoch."""
     settings = [f"output_folder={tmp_path}", f"dataset.data_folder={mnist_folder}", "dataset.split=test",
-                "dataset.limit=1280", "model.dim=16",
-                "train_cfg.epochs=1", "train_cfg.lr=2e-3", "model.attn_levels=[1]", "train_cfg.num_eval_samples=1",
+                "dataset.limit=960", "model.dim=8", "model.attn_levels=[1]",
+                "train_cfg.epochs=1", "train_cfg.lr=4e-3", "train_cfg.num_eval_samples=1",
                 "sample_cfg.sampler=ddim", "sample_cfg.steps=4", "devices=[cpu]"]
-    train.main(["configs/mnist.yaml", "-p", "10", "--output", "m", *(x for s in settings for x in ("--set", s))])
+    train.main(["configs/mnist.yaml", "-p", "8", "--output", "m", *(x for s in settings for x in ("--set", s))])
     losses = [float(x) for x in re.findall(r"  loss ([\d.]+)", capsys.readouterr().out)]
     assert len(losses) == 2 and losses[-1] < 0.6 * losses[0]  # noise is predictable once something is learnt
 
 
 def test_the_report_of_the_shipped_model(mnist_folder, tmp_path, monkeypatch):
-    """Beside 4,000 training digits, and less the search for copies, which test_memorization.py tests."""
+    """Beside 2,000 digits of each set, and less the search for copies, which test_memorization.py tests."""
+    def few(*arguments, load=datasets._load_torchvision):
+        images, labels, classes = load(*arguments)
+        return images[:2000], labels[:2000], classes
+
+    monkeypatch.setattr(datasets, "_load_torchvision", few)
     monkeypatch.setattr("libs.config.CACHE", str(tmp_path / "cache"))
-    state = libs.load_checkpoint(MODEL)
-    state["config"]["dataset"]["limit"] = 4000
-    libs.save_checkpoint(state, False, str(tmp_path), "limited.pth.tar")
-    evaluate.main([str(tmp_path / "limited.pth.tar"), "--num", "100", "--steps", "8", "--data-folder", mnist_folder,
-                   "--no-memorization", "--output", str(tmp_path / "a.json")])
+    evaluate.main([MODEL, "--num", "100", "--steps", "8", "--data-folder", mnist_folder, "--no-memorization",
+                   "--output", str(tmp_path / "a.json")])
     figures = json.loads((tmp_path / "a.json").read_text())
     for name in ("generated", "floor"):  # of 100 images, too few to tell which is the better
         assert 0 < figures[name]["fd_train"] < 0.05 * figures["ceiling"]["fd_train"]

@@ -9,8 +9,8 @@ from threading import Lock, Semaphore
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
+from ..common.cli import progress_bar
 from ..common.errors import UsageError, display_path, first_line
 from ..common.memory import available_memory
 
@@ -137,10 +137,8 @@ def read_files(paths, size, root):
         print(f"{len(paths)} images need {need / 2 ** 30:.1f} GiB of memory: they are read from disk in every epoch")
         return FileImages(paths, size)
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    with ThreadPoolExecutor() as pool:
-        decoded = pool.map(lambda path: decode(path, size), paths)
-        bar = tqdm(decoded, total=len(paths), desc=f"reading {display_path(root)}", unit="image",
-                   disable=None, mininterval=0.5)
-        for i, image in enumerate(bar):
+    with ThreadPoolExecutor() as pool, progress_bar(len(paths), "image", f"reading {display_path(root)}") as bar:
+        for i, image in enumerate(pool.map(lambda path: decode(path, size), paths)):
             images[i] = image
+            bar.update()
     return images

@@ -8,9 +8,9 @@ from hashlib import sha256
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from .. import config
+from ..common.cli import progress_bar
 from ..common.errors import RunError, display_path
 from ..common.files import atomic_file
 from ..common.memory import fits, send
@@ -150,7 +150,7 @@ def _write(path, header, shape, batches, log):
         free = shutil.disk_usage(folder).free
         if free < size:  # fail before the work, not at its end
             raise OSError(f"{display_path(folder)} has {free / 2 ** 20:,.0f} MiB free")
-        with atomic_file(path) as f, tqdm(total=shape[0], desc="encoding", unit="image", disable=None) as bar:
+        with atomic_file(path) as f, progress_bar(shape[0], "image", "encoding") as bar:
             f.write(header)
             for batch in batches:
                 f.write(batch)
