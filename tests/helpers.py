@@ -134,10 +134,10 @@ class Place:
         return {"model.use_vae": "true", "model.vae_encoder_weights": self.root / "encoder.pth",
                 "model.vae_decoder_weights": self.root / "decoder.pth"}
 
-    def latents(self):
-        """--set arguments for a model of latents of other images: six a class and split, in 32 pixels."""
+    def latents(self, per_class=6):
+        """--set arguments for a model of latents of other images, in 32 pixels; per_class: of each split."""
         shutil.rmtree(self.root / "images")
-        tree(self.root / "images", {split: ["cat", "dog"] for split in ("train", "test")}, 6, height=40, width=40)
+        tree(self.root / "images", {split: ["cat", "dog"] for split in ("train", "test")}, per_class, height=40, width=40)
         return ["dataset.img_size=32", "eval.features=autoencoder", *(f"{k}={v}" for k, v in self.autoencoder().items())]
 
     def files(self):

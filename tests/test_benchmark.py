@@ -3,6 +3,7 @@
 import json
 import statistics
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from libs.models import samplers_of
 from libs.training.other_unets import OTHERS, build_other, nearest_width, parameters
 from libs.training.speed import NAIVE, OURS, build, make_update, measure_samplers, operations, operations_by_kind
 from libs.unet import UNet
+from scripts import command
 
 CPU = torch.device("cpu")
 
@@ -136,6 +138,7 @@ def test_a_missing_package_is_named_and_the_rest_goes_on(place, monkeypatch, cap
 def test_the_table(place, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "measure_apart", lambda path, kind, width, args: speed.measure(
         benchmark.load(path, args.set), kind, width, args.seconds))
+    monkeypatch.setattr(speed, "matmul_rate", lambda *_: {"matmul_rate": 1e12, "matmul_n": 2048})
     arguments = [str(place.config), "--seconds", "0.01", "--rounds", "1", "--json", str(place.root / "a.json")]
     benchmark.main(arguments)
     out = capsys.readouterr().out
@@ -159,7 +162,14 @@ def test_the_table(place, monkeypatch, capsys):
 
 def test_a_row_is_measured_in_a_process_of_its_own(place, monkeypatch):
     args = benchmark.parse_args([str(place.config), "--seconds", "0.01", "--set", "loader.batch_size=3"])
-    figures, = benchmark.measure_apart(str(place.config), OURS, None, args).values()
+
+    def run(arguments, **_):
+        ended = command(*arguments[1:], cwd=place.root)
+        return SimpleNamespace(returncode=ended.status, stdout=ended.out, stderr=ended.err)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark.subprocess, "run", run)
+        figures, = benchmark.measure_apart(str(place.config), OURS, None, args).values()
     assert figures["images_per_s"] > 0 and figures["dtype"] == "float32"
     monkeypatch.setattr(benchmark, "__file__", str(place.root / "no.py"))
     with pytest.raises(RunError) as error:

@@ -1,5 +1,6 @@
 """compare.py as a user runs it: samplers of one model, runs of several kinds, and the shipped tables."""
 
+import functools
 import json
 import shutil
 import statistics
@@ -21,6 +22,7 @@ from libs.training.speed import inputs_of, operations_by_kind
 from libs.training.device import fast_sampling
 
 ROOT = Path(CODE).parent
+trained_run = functools.cache(compare.TrainedRun)
 
 
 class Models(Place):
@@ -45,7 +47,9 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def call(tmp_path, capsys):
+def call(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "SIGMAS", [0.05, 1.0, 12.0])
+
     def call(*arguments):
         """(what is printed, the JSON file, the lines of the Markdown file)"""
         compare.main([*map(str, arguments), "--output", str(tmp_path / "t.json"), "--device", "cpu"])
@@ -199,6 +203,10 @@ def test_settings(text, setting):
     (["samplers", 0, "heun:9", "--output", "no/t.json"], "cannot write into"),
     (["samplers", 0, "heun:9", "--output", "runs.json"], "is not a file of this command"),
     (["samplers", 0, "heun:9", "--output", "num.json"], "has num 9, not 2000"),
+    (["samplers", 0, "heun:9", "--output", "device.json"], "has device 'cuda:0', not 'cpu'"),
+    (["samplers", 0, "heun:9", "--output", "row.json"], "is not a file of this command"),
+    (["samplers", 0, "heun:9", "--output", "rows.json"], "is not a file of this command"),
+    (["samplers", 0, "heun:9", "--output", "floor.json"], "is not a file of this command"),
     (["samplers", 0, "heun:9", "--output", "notes.json"], "notes.md exists"),
     (["runs", 0, "--sampler", "EDM=heun:2"], "must begin with the kind of one of the runs, DDPM"),
     (["runs", 0, 2, "--sampler", "EDM=bogus:2"], "sample_cfg.sampler is 'bogus'"),
@@ -210,11 +218,14 @@ def test_settings(text, setting):
 def test_bad_input(models, tmp_path, monkeypatch, arguments, message):
     (tmp_path / "runs.json").write_text(json.dumps({"errors": [], "rows": [], "sigmas": compare.SIGMAS}))
     row = {"hash": "0", "model": "a", "way": {"sampler": "heun", "steps": 9}, "network_calls": 17}
-    facts = {"num": 9, "metric": "FD", "n": 9, "floor": 1.0, "device": "cpu", "torch": "2.4"}
-    (tmp_path / "num.json").write_text(json.dumps({"rows": [row], **facts}))
+    facts = {"rows": [row], "num": 2000, "metric": "FD", "n": 9, "floor": 1.0, "device": "cpu", "torch": "2.4"}
+    for name, value in (("num", 9), ("device", "cuda:0"), ("row", {"rows": [{"foreign": 1}]}), ("rows", 5), ("floor", "x")):
+        changes = value if isinstance(value, dict) else {name: value}
+        (tmp_path / f"{name}.json").write_text(json.dumps(facts | changes))
     (tmp_path / "notes.md").write_text("notes")
     before = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "TrainedRun", trained_run)
     odd = {3: ("limited", "dataset.limit=3"), 4: ("pixels", "model.use_vae=false")}
     paths = {**dict(enumerate(models.runs)), **{k: models.run(*odd[k]) for k in odd if k in arguments}}
     if 5 in arguments:

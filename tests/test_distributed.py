@@ -4,8 +4,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from functools import partial
@@ -66,15 +64,19 @@ def assert_same_training(folder, outputs):
     assert len(losses[0]) == len(losses[1]) == 2 and losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
+def torchrun(arguments):
+    from torch.distributed.run import main
+    main(arguments)
+
+
 def test_torchrun_trains_what_one_process_trains(tmp_path, capsys):
     config = write_config(tmp_path)
     train.main([config, "-p", "4", "--output", "one"])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
-         "--rdzv_endpoint=localhost:0", os.path.join(CODE, "train.py"), config, "-p", "4", "--output", "two"],
-        capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert_same_training(tmp_path, (capsys.readouterr().out, done.stdout))
+    status, out, err = spawn(torchrun, [
+        "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", os.path.join(CODE, "train.py"), config,
+        "-p", "4", "--output", "two"])()
+    assert status == 0, err
+    assert_same_training(tmp_path, (capsys.readouterr().out, out))
 
 
 def training(arguments):

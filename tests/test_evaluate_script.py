@@ -127,6 +127,6 @@ def test_a_model_of_the_test_images_has_no_unseen_ones(place, tmp_path):
 
 
 def test_classes_are_matched_by_name(place, tmp_path):
-    options = ["--num", 204, "--no-memorization", "--output", tmp_path / "x.json"]
+    options = ["--num", 12, "--no-memorization", "--output", tmp_path / "x.json"]
     measure(place.checkpoint(classes=["dog", "cat"]), *options)
     refused("class dog .* none of the model's .*cow", place.checkpoint(classes=["cat", "cow"]), *options, "--overwrite")

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import yaml
 from torchvision import datasets as tv
 
-from helpers import tree
+from helpers import spawn, tree
 from libs.config import CODE
 
 README = (Path(CODE) / "README.md").read_text()
@@ -38,6 +37,14 @@ class Mine(Diffusion):
     def sigma_range(self):
         return 0.01, 100.0, 7.0
 '''
+
+
+def run_copy(code, statements):
+    """In a process that has imported the modules of the project: run Python with those of the copy `code`."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("libs", "train", "sample")]:
+        del sys.modules[name]
+    sys.path.insert(0, code)
+    exec(statements, {})
 
 
 def insert(path, marker, text, before=False):
@@ -77,8 +84,8 @@ def test_a_model_and_a_sampler(code, tmp_path):
     both = ("import train, sample; "
             f"train.main(['{tmp_path / 'flow.yaml'}', '--output', 'flow']); "
             f"sample.main(['{tmp_path / 'runs/flow_flow'}', '--sampler', 'heun', '--output', '{tmp_path / 'drawn.png'}'])")
-    done = subprocess.run([sys.executable, "-c", both], cwd=code, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    status, _, err = spawn(run_copy, str(code), both)()
+    assert status == 0, err
     assert (tmp_path / "runs/flow_flow/sample-1.png").exists() and (tmp_path / "drawn.png").exists()
 
 
@@ -100,6 +107,6 @@ def test_a_data_set(code, tmp_path):
             f"data, *facts = libs.build_dataset('KMNIST', 'train', {str(tmp_path)!r}); "
             "print(facts, data.classes, ((data[4][0] + 1) * 127.5).round().byte().tolist()[0]); "
             f"train.main(['{tmp_path / 'mine.yaml'}', '--dry-run'])")
-    done = subprocess.run([sys.executable, "-c", both], cwd=code, capture_output=True, text=True, timeout=300)
+    _, out, err = spawn(run_copy, str(code), both)()
     for expected in (f"{[10, (1, 28, 28)]} {tv.KMNIST.classes} {pixels[4].tolist()}", "parameters, 60,000 images"):
-        assert expected in done.stdout, done.stderr
+        assert expected in out, err

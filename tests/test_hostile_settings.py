@@ -112,12 +112,10 @@ def test_an_alias_bomb_in_a_checkpoint(place):
 # ---- sizes
 
 @pytest.mark.parametrize("setting, words", [
-    ("model.dim=800000", "8 to 8192"), ("model.dim=8192", "memory: "), ("model.context_dim=100000000000", "100000"),
-    ("model.timesteps=10000000000000", "100000"), ("dataset.img_size=100000000", "8 to 4096"),
-    ("train_cfg.num_eval_samples=1000000000", "1 to 10000"), ("loader.batch_size=1000000000000", "1 to 1000000"),
+    ("model.dim=800000", "8 to 8192"), ("model.dim=8192", "memory: "), ("dataset.img_size=100000000", "8 to 4096"),
+    ("loader.batch_size=1000000000000", "1 to 1000000"),
     (f"model.dim_mults={[1] * 10000}".replace(" ", ""), ""), (f"model.dim_mults={[1] * 65}", "up to 64"),
-    ("sample_cfg.steps=1000000000", "1 to 10000"), ("loader.num_workers=1e400", ""),
-    ("train_cfg.accumulate=" + "9" * 400, "1 to 100000"), ("model.patch_size=1000000000", "1 to 512")])
+    ("loader.num_workers=1e400", ""), ("train_cfg.accumulate=" + "9" * 400, "1 to 100000")])
 def test_sizes(place, setting, words):
     train(place, setting, setting.split("=")[0] if "memory" not in words else "model.dim", words)
 
@@ -130,13 +128,12 @@ def test_extreme_noise_levels(place):
 @pytest.mark.parametrize("arguments, words", [
     (["--num", "1000000000"], ["memory: drawing 2,000,000,000 images", "lower --num"]),
     (["--num", "1000000000", "--output", "x.npz"], ["memory: ", "lower --num"]),
-    (["--num", "1" + "0" * 30], ["--num", "10^9"]), (["--batch-size", "1" + "0" * 30], ["--batch-size", "10^9"]),
-    (["--steps", "1000000000"], ["steps", "1 to 10000"]), (["--labels", "9" * 30], ["--labels"]),
+    (["--num", "1" + "0" * 30], ["--num", "10^9"]), (["--labels", "9" * 30], ["--labels"]),
     (["--labels", "9" * 100_000], ["--labels"]),
     (["--guidance-scale", "nan"], ["guidance_scale"]), (["--guidance-interval", "nan,inf"], ["guidance_interval"]),
     (["--guidance-interval", "x" * 100_000], ["guidance_interval"]), (["--eta", "1e400"], ["eta"]),
     (["--seed", "1e400"], ["--seed"]), (["--device", "meta"], ["--device is 'meta'", "cuda:0"]),
-    (["--device", "cpu:99"], ["--device"]), (["--device", "privateuseone"], ["--device"]),
+    (["--device", "cpu:99"], ["--device"]),
     (["--device", "x" * 100_000], ["--device"]), (["--output", "images", "--overwrite"], ["--output"]),
     (["--output", "new\nline.jpg"], ["new\\nline.jpg"]), (["--output", "no\nwhere/x.png"], ["no\\nwhere"])],
     ids=lambda x: x[0][:12] + "=" + x[-1][:12])
@@ -182,26 +179,12 @@ def test_a_name_that_is_no_text(place):
 
 # ---- compare.py's results
 
-def results(path, **changes):
-    row = {"hash": "0", "model": "a", "way": {"sampler": "heun", "steps": 9}, "network_calls": 17, "seed": 0}
-    facts = {"num": 2000, "metric": "FD", "n": 9, "floor": 1.0, "device": "cpu", "torch": "2.4"}
-    path.write_text(json.dumps({"rows": [row], **facts} | changes))
-    return path
-
-
-@pytest.mark.parametrize("changes, words", [
-    ({"num": 9}, "has num 9, not 2000"), ({"device": "cuda:0"}, "has device 'cuda:0', not 'cpu'"),
-    ({"rows": [{"foreign": 1}]}, "is not a file of this command"), ({"rows": 5}, "is not a file of this command"),
-    ({"floor": "x"}, "is not a file of this command"), (None, "is not a file of this command")])
-def test_a_foreign_output_is_noticed_before_the_features(place, changes, words):
-    path = results(place / "r.json", **changes or {})
-    if changes is None:
-        path.write_text('{"rows": ' + "[" * 100_000)
-    before = path.read_bytes()
-    ended = command("compare.py", "samplers", "model_final.pth.tar", "heun:2", "--device", "cpu", "--output", path,
-                    cwd=place)
-    assert ended.status == 2 and words in ended.message and "features" not in ended.out, ended
-    assert path.read_bytes() == before
+def test_a_foreign_output_is_noticed_before_the_features(place):
+    text = '{"rows": ' + "[" * 100_000
+    (place / "r.json").write_text(text)
+    ended = command("compare.py", "samplers", "model_final.pth.tar", "heun:2", "--output", "r.json", cwd=place)
+    assert ended.status == 2 and "is not a file of this command" in ended.message and "features" not in ended.out
+    assert (place / "r.json").read_text() == text
 
 
 def test_plot_results_of_anything(place):

@@ -93,7 +93,7 @@ def test_fid_of_two_folders_is_torch_fidelitys(tmp_path, fidelity, weights):
         """An early layer: its 192 features cost a fifth."""
         layer = "192"
 
-    folders = [save(tmp_path / "a", 6, 32, 32), save(tmp_path / "b", 5, 40, 24, first=50)]
+    folders = [save(tmp_path / "a", 3, 32, 32), save(tmp_path / "b", 3, 40, 24, first=50)]
     want = fidelity.calculate_metrics(input1=folders[0], input2=folders[1], cuda=False, fid=True, batch_size=8,
                                       feature_extractor_weights_path=weights, feature_layer_fid="192", cache=False,
                                       save_cpu_ram=True, verbose=False)["frechet_inception_distance"]

@@ -45,10 +45,11 @@ def test_mnist_of_another_size(mnist_folder):
 
 
 def test_damaged_mnist_is_made_good_from_the_packed_files(mnist_folder, tmp_path):
-    shutil.copytree(mnist_folder, tmp_path / "data")
+    shutil.copytree(mnist_folder, tmp_path / "data", copy_function=os.link)
     path = tmp_path / "data" / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
+    path.unlink()  # and not the original, which it is a link to
     path.write_bytes(data)
     assert not mnist.is_complete(path.parent)
     mnist.fetch_mnist(str(tmp_path / "data"))

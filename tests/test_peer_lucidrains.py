@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from libs.data.images import read_images
 from libs.datasets import ImageDataset
 from libs.evaluation import labels_like
 
-pytest.importorskip("denoising_diffusion_pytorch", reason="see requirements-extra.txt")
+pytestmark = pytest.mark.skipif(not find_spec("denoising_diffusion_pytorch"), reason="see requirements-extra.txt")
 
 
 def test_trained_drawn_and_drawn_again(tmp_path, monkeypatch, capsys):

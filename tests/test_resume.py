@@ -105,7 +105,7 @@ def assert_same_end(a, b, epochs=EPOCHS):
     assert (a / f"sample-{epochs - 1}.png").read_bytes() == (b / f"sample-{epochs - 1}.png").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["DDPM", "EDM", "Flow"])
+@pytest.mark.parametrize("kind", ["DDPM", "EDM"])
 def test_killed_again_and_again_ends_with_the_same_bits(project, tmp_path, kind):
     config, folder, rng = project(kind), tmp_path / "logs" / "tiny_broken", random.Random(kind)
     train.main([config, "-c", "1", "--output", "whole"])
@@ -114,23 +114,15 @@ def test_killed_again_and_again_ends_with_the_same_bits(project, tmp_path, kind)
     assert (folder / "epoch_000.pth.tar").exists()
     assert interrupted(["--resume", str(folder)], "checkpoint", 2)[0] == -signal.SIGKILL
     assert list(folder.glob("*.partial")), "the kill was meant to come inside a write"
-    if kind == "DDPM":
-        assert interrupted(["--resume", str(folder)], "update", rng.randint(1, 7))[0] == -signal.SIGKILL
+    if kind == "DDPM":  # Ctrl-C in the middle of an epoch
+        status, out, err = interrupted(["--resume", str(folder)], "update", 3, signal.SIGINT)
+        assert status == 128 + signal.SIGINT and "a checkpoint is written first" in err and "Traceback" not in err
+        state = torch.load(folder / "epoch_002_batch_00003.pth.tar", weights_only=True)
+        assert (state["epoch"], state["batch"], state["step"]) == (2, 3, 2 * UPDATES + 3)
+        assert out.splitlines()[-1].endswith(f"train.py --resume {os.path.relpath(folder)}")
     assert not (folder / "model_final.pth.tar").exists()
     train.main(["--resume", str(folder)])  # -c 1 and all settings are the run's own
     assert not list(folder.glob("*.partial"))
-    assert_same_end(tmp_path / "logs" / "tiny_whole", folder)
-
-
-def test_ctrl_c_in_the_middle_of_an_epoch(project, tmp_path):
-    config, folder = project(), tmp_path / "logs" / "tiny_stopped"
-    train.main([config, "--output", "whole"])
-    status, out, err = interrupted([config, "--output", "stopped"], "update", 2 * UPDATES + 3, signal.SIGINT)
-    assert status == 128 + signal.SIGINT and "a checkpoint is written first" in err and "Traceback" not in err
-    state = torch.load(folder / "epoch_002_batch_00003.pth.tar", weights_only=True)
-    assert (state["epoch"], state["batch"], state["step"]) == (2, 3, 2 * UPDATES + 3)
-    assert out.splitlines()[-1].endswith(f"train.py --resume {os.path.relpath(folder)}")
-    train.main(["--resume", str(folder)])
     assert_same_end(tmp_path / "logs" / "tiny_whole", folder)
 
 

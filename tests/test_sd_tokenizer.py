@@ -22,8 +22,7 @@ PARTS = ["a photo of", "an astronaut", "riding a horse", "4k", "1girl", "f/1.8",
 
 
 @pytest.fixture(scope="module")
-def ours():
-    pytest.importorskip("open_clip")
+def ours(open_clip):
     return text.Tokenizer()
 
 

@@ -22,8 +22,7 @@ from sd_parity import SMALL, small_checkpoint
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    pytest.importorskip("open_clip")
+def model(open_clip, tmp_path_factory):
     return small_checkpoint(tmp_path_factory.mktemp("sd"))
 
 

@@ -88,16 +88,16 @@ def test_parts_of_a_batch_add_up_to_its_mean():
     torch.testing.assert_close(t.update()[0], twin.update()[0])
 
 
-@pytest.mark.parametrize("last_good", [None, "epoch_004.pth.tar"])
-def test_twenty_in_a_row_are_the_end(last_good):
+def test_twenty_in_a_row_are_the_end():
     t = trainer()
     for k in range(39):
         update(t, float("nan") if k != 19 else 1.0)
-        t.check(last_good)
+        t.check(None)
     update(t, float("nan"))
-    with pytest.raises(RunError) as e:
-        t.check(last_good)
-    assert "20 updates in a row, up to update 40" in one_line(e) and (last_good or "start again") in one_line(e)
+    for last_good in (None, "epoch_004.pth.tar"):
+        with pytest.raises(RunError) as e:
+            t.check(last_good)
+        assert "20 updates in a row, up to update 40" in one_line(e) and (last_good or "start again") in one_line(e)
 
 
 @pytest.mark.parametrize("kind, end", [("cpu", 20), ("cuda", 32)])

@@ -61,9 +61,9 @@ class PretendedGPU(TorchFunctionMode):
 
 
 def data_set(kind):
-    images, labels = torch.randint(0, 256, (24, 1, 10, 10), dtype=torch.uint8), torch.arange(24) % 4
+    images, labels = torch.randint(0, 256, (12, 1, 10, 10), dtype=torch.uint8), torch.arange(12) % 4
     if kind == "latents":
-        latents = torch.randn(24, 3, 1, 8, 8).to(CUDA)
+        latents = torch.randn(12, 3, 1, 8, 8).to(CUDA)
         return LatentDataset(latents, labels.to(CUDA), "abcd")
     dataset = ImageDataset(images, labels, "abcd", 8, augment=True, flip=True)
     if kind == "on the GPU":
@@ -88,9 +88,9 @@ def test_training_waits_once_a_line(kind, optimizer, data, precision, monkeypatc
             x.on_gpu = True
         loader = BatchLoader(data_set(data), 4)
         trainer = Trainer(model, cfg, CUDA, precision, total_steps=len(loader))
-        folder = RunFolder("", settings, trainer, 4, SimpleNamespace(print_freq=4), claim=None)
+        folder = RunFolder("", settings, trainer, 4, SimpleNamespace(print_freq=2), claim=None)
         log = TrainingLog(folder, model, World(), 4, epochs=1)
         gpu.waits.clear()
         train.train_one_epoch(model.compute_loss, trainer, loader, log, 2, 0, None, stopped=lambda: False)
-    assert lines == [4, 6] and gpu.waits == ["tolist"] * 2
+    assert lines == [2, 3] and gpu.waits == ["tolist"] * 2
     assert trainer.skipped == 0 and not any(map(torch.equal, before[:5], model.parameters()))
