@@ -215,7 +215,7 @@ def test_settings(text, setting):
     (["runs", 0, 5], "swapped.pth.tar: its classes is ['dog', 'cat']"),
     (["runs", 5], "its classes are not those of the data set"),
 ])
-def test_bad_input(models, tmp_path, monkeypatch, arguments, message):
+def test_bad_input(models, tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "runs.json").write_text(json.dumps({"errors": [], "rows": [], "sigmas": compare.SIGMAS}))
     row = {"hash": "0", "model": "a", "way": {"sampler": "heun", "steps": 9}, "network_calls": 17}
     facts = {"rows": [row], "num": 2000, "metric": "FD", "n": 9, "floor": 1.0, "device": "cpu", "torch": "2.4"}
@@ -233,3 +233,4 @@ def test_bad_input(models, tmp_path, monkeypatch, arguments, message):
     with pytest.raises(UsageError) as error:
         compare.main([str(paths.get(x, x)) for x in arguments] + ["--device", "cpu"])
     assert message in one_line(error) and sorted(tmp_path.iterdir()) == before
+    assert ("features" in capsys.readouterr().out) == ("data set" in message)  # else before the slow work

@@ -185,6 +185,7 @@ def test_copies_of_any_view_that_a_model_learns_from_are_found(tmp_path, monkeyp
     assert sorted(os.listdir(place.root / "images")) == ["test", "train"]  # the cache is elsewhere
     views, _, _ = build_dataset("ImageFolder", "train", str(place.root / "images"), 32)
     fresh = real.test.take().images
+    assert not evaluate(ImageSet(fresh), real)["memorization"]["copies"]["detected"]
     index = torch.arange(0, 240, 6)
     seen = torch.cat([views.view(views.images[index], torch.tensor([[row], [column]]).expand(2, 40),
                                  torch.full((40,), flip)) for row, column, flip in ((0, 4, True), (3, 1, False))])

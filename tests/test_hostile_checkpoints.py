@@ -229,14 +229,15 @@ def test_a_run_keeps_its_paths_and_an_export_none(place, tmp_path):
     assert command("sample.py", out, "--output", tmp_path / "x.png", "--device", "cpu", "--num", 1).status == 0
 
 
-def test_no_export_of_what_cannot_be_drawn_with(place, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--half"]])
+def test_no_export_of_what_cannot_be_drawn_with(place, tmp_path, flags):
     state, out = place.state(), tmp_path / "model.pth.tar"
     for change in (without("state_dict_ema"), lambda s: s["state_dict_ema"].update({KERNEL: None})):
         broken = dict(state, state_dict_ema=dict(state["state_dict_ema"]))
         change(broken)
         path = tmp_path / "epoch_000.pth.tar"
         torch.save(broken, path)
-        r = command("export.py", path, out, "--half")
+        r = command("export.py", path, out, *flags)
         assert r.status == 2 and "state_dict_ema" in r.message or KERNEL in r.message
         assert not out.exists()
 

@@ -112,10 +112,12 @@ def test_an_alias_bomb_in_a_checkpoint(place):
 # ---- sizes
 
 @pytest.mark.parametrize("setting, words", [
-    ("model.dim=800000", "8 to 8192"), ("model.dim=8192", "memory: "), ("dataset.img_size=100000000", "8 to 4096"),
-    ("loader.batch_size=1000000000000", "1 to 1000000"),
+    ("model.dim=800000", "8 to 8192"), ("model.dim=8192", "memory: "), ("model.context_dim=100000000000", "100000"),
+    ("model.timesteps=10000000000000", "100000"), ("dataset.img_size=100000000", "8 to 4096"),
+    ("train_cfg.num_eval_samples=1000000000", "1 to 10000"), ("loader.batch_size=1000000000000", "1 to 1000000"),
     (f"model.dim_mults={[1] * 10000}".replace(" ", ""), ""), (f"model.dim_mults={[1] * 65}", "up to 64"),
-    ("loader.num_workers=1e400", ""), ("train_cfg.accumulate=" + "9" * 400, "1 to 100000")])
+    ("sample_cfg.steps=1000000000", "1 to 10000"), ("loader.num_workers=1e400", ""),
+    ("train_cfg.accumulate=" + "9" * 400, "1 to 100000"), ("model.patch_size=1000000000", "1 to 512")])
 def test_sizes(place, setting, words):
     train(place, setting, setting.split("=")[0] if "memory" not in words else "model.dim", words)
 
@@ -128,12 +130,13 @@ def test_extreme_noise_levels(place):
 @pytest.mark.parametrize("arguments, words", [
     (["--num", "1000000000"], ["memory: drawing 2,000,000,000 images", "lower --num"]),
     (["--num", "1000000000", "--output", "x.npz"], ["memory: ", "lower --num"]),
-    (["--num", "1" + "0" * 30], ["--num", "10^9"]), (["--labels", "9" * 30], ["--labels"]),
+    (["--num", "1" + "0" * 30], ["--num", "10^9"]), (["--batch-size", "1" + "0" * 30], ["--batch-size", "10^9"]),
+    (["--steps", "1000000000"], ["steps", "1 to 10000"]), (["--labels", "9" * 30], ["--labels"]),
     (["--labels", "9" * 100_000], ["--labels"]),
     (["--guidance-scale", "nan"], ["guidance_scale"]), (["--guidance-interval", "nan,inf"], ["guidance_interval"]),
     (["--guidance-interval", "x" * 100_000], ["guidance_interval"]), (["--eta", "1e400"], ["eta"]),
     (["--seed", "1e400"], ["--seed"]), (["--device", "meta"], ["--device is 'meta'", "cuda:0"]),
-    (["--device", "cpu:99"], ["--device"]),
+    (["--device", "cpu:99"], ["--device"]), (["--device", "privateuseone"], ["--device"]),
     (["--device", "x" * 100_000], ["--device"]), (["--output", "images", "--overwrite"], ["--output"]),
     (["--output", "new\nline.jpg"], ["new\\nline.jpg"]), (["--output", "no\nwhere/x.png"], ["no\\nwhere"])],
     ids=lambda x: x[0][:12] + "=" + x[-1][:12])

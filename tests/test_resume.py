@@ -105,7 +105,7 @@ def assert_same_end(a, b, epochs=EPOCHS):
     assert (a / f"sample-{epochs - 1}.png").read_bytes() == (b / f"sample-{epochs - 1}.png").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["DDPM", "EDM"])
+@pytest.mark.parametrize("kind", ["DDPM", "EDM", "Flow"])
 def test_killed_again_and_again_ends_with_the_same_bits(project, tmp_path, kind):
     config, folder, rng = project(kind), tmp_path / "logs" / "tiny_broken", random.Random(kind)
     train.main([config, "-c", "1", "--output", "whole"])

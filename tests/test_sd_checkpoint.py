@@ -58,7 +58,8 @@ def refused(path, **options):
 
 # ---- what loads
 
-@pytest.mark.parametrize("ending, dtype", [("safetensors", torch.float16), ("ckpt", torch.bfloat16)])
+@pytest.mark.parametrize("ending, dtype", [("safetensors", torch.float16), ("ckpt", torch.float32),
+                                           ("ckpt", torch.bfloat16)])
 def test_all_formats_load_alike(tmp_path, tensors, ending, dtype):
     path = small_checkpoint(tmp_path, f"a.{ending}", dtype=dtype)
     sd = load(path)
@@ -231,7 +232,8 @@ def test_files_that_are_no_checkpoint(tmp_path):
     assert "no tensors" in refused(tmp_path / "b.ckpt")
 
 
-@pytest.mark.parametrize("ending, value", [("safetensors", float("nan")), ("ckpt", -float("inf"))])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
 def test_weights_that_are_not_finite(tmp_path, tensors, ending, value):
     bad = {**tensors, OUT: tensors[OUT].clone()}
     bad[OUT].view(-1)[7] = value

@@ -13,7 +13,7 @@ from helpers import one_line
 from libs.common.errors import RunError, UsageError
 from libs.models import SAMPLERS as ALL_SAMPLERS
 from libs.samplers import image_generator
-from libs.stable_diffusion import load_checkpoint, seeded
+from libs.stable_diffusion import StableDiffusion, load_checkpoint, seeded
 from libs.stable_diffusion.checkpoint import IGNORED, UNET, build_parts, expected_shapes
 from libs.stable_diffusion.model import SAMPLERS, check_settings, load_taesd
 from libs.tiny_autoencoder import TAESD
@@ -116,13 +116,12 @@ def test_text_encoder(sd, theirs):
 
 # ---- whole pictures beside diffusers: text, guidance with a negative prompt, sampler, decoder
 
-@pytest.mark.parametrize("sampler, steps", [("heun", 5), ("euler", 8)])
+@pytest.mark.parametrize("sampler, steps", [("ddim", 7), ("dpmpp_2m", 9), ("heun", 5), ("euler", 8)])
 def test_pictures_agree_with_diffusers(sd, theirs, sampler, steps):
-    """By the two samplers that test_parity_script does not compare."""
     noise, prompts = torch.randn(2, 4, 8, 8), ["a cat", "two dogs in the snow"]
     ours = sd.sample(prompts, "blurry", sampler=sampler, steps=steps, guidance_scale=7.5, noise=noise, **SIZE)
     ids, negative = sd.tokenizer(prompts), sd.tokenizer(["blurry"] * 2)
-    other = theirs.sample(ids, negative, noise, sampler, steps, 7.5, whole_timesteps=True)
+    other = theirs.sample(ids, negative, noise, sampler, steps, 7.5, whole_timesteps=sampler in ("heun", "euler"))
     assert levels(ours, other)[0] <= 1
     assert 255 * ours.std() > 20  # a picture, not flat grey
 
@@ -224,3 +223,16 @@ def parity(path, theirs, tmp_path_factory):
 def test_parity_script(parity, capsys):
     parity()
     assert "all 12 numbers are within their limits" in capsys.readouterr().out
+
+
+def test_parity_script_fails_where_numbers_are_wrong(parity, monkeypatch, capsys):
+    encode, decode = Theirs.encode, Theirs.decode
+    monkeypatch.setattr(Theirs, "encode", lambda *args: float("nan") * encode(*args))
+    monkeypatch.setattr(Theirs, "decode", lambda *args: 1.001 * decode(*args))
+    for kind in (StableDiffusion, Theirs):  # flat pictures
+        monkeypatch.setattr(kind, "sample", lambda *args, **options: torch.full((1, 3, 64, 64), 0.5))
+    with pytest.raises(RunError) as error:
+        parity()
+    for says in ("encoder, largest", "decoder, largest", *(f"{sampler}: {text}" for sampler in ("ddim", "dpmpp_2m")
+                 for text in ("standard deviation of the picture is 0, not", "another prompt", "no guidance"))):
+        assert says in one_line(error)

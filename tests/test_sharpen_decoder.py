@@ -16,12 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = [str(ROOT / "pretrained" / f"afhq_{half}.pth") for half in ("encoder", "decoder")]
 
 
-@pytest.fixture(autouse=True)
-def full_precision(monkeypatch):
-    """Where a CPU has no instructions for bf16, it is many times slower."""
-    monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())
-
-
 def test_the_critic_scores_patches():
     critic = build_critic(8)
     x = torch.randn(1, 7, 128, 128, requires_grad=True)
@@ -50,6 +44,8 @@ def test_an_update_moves_decoder_and_critic_alone():
 
 
 def test_the_critic_learns_and_its_gradient_weighs_half_of_the_pixels(monkeypatch):
+    # a CPU without instructions for bf16 would take minutes; the other tests have it
+    monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())
     torch.manual_seed(0)
     sharpener = Sharpener(TAESD(*SHIPPED))
     images, noise = torch.rand(2, 3, 16, 16), torch.zeros(2, 4, 2, 2)  # pixels that a decoder of cats cannot draw

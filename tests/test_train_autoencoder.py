@@ -251,27 +251,32 @@ def test_from_images_to_files(script, folder, monkeypatch, capsys, diffusers):
     assert json.loads((script.runs / "again.json").read_text()) == figures
     assert (script.runs / "again.png").read_bytes() == (whole / "evaluation.png").read_bytes()
 
-    # from a checkpoint of a run that went on, stopped and resumed with the run's own settings: the same bits
-    update, end = ModelEMA.update, load_checkpoint(str(whole / "epoch_003.pth.tar"))
-
-    def stopped(self, model):
-        update(self, model)
-        if self.updates == 8:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(ModelEMA, "update", stopped)
-    assert train_autoencoder.main(["--resume", str(whole / "epoch_001.pth.tar")]) == 128 + signal.SIGINT
-    assert "--resume" in capsys.readouterr().out.split("go on with: ")[1]
-    assert (whole / "epoch_003.pth.tar.superseded").exists()
+    # stopped twice and resumed, with the run's own settings: the same bits
+    update, broken = ModelEMA.update, script.runs / "afhq_autoencoder_broken"
+    for stop in (2, 5):
+        def patched(self, model):
+            update(self, model)
+            if self.updates == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(ModelEMA, "update", patched)
+        status = script("--output", "broken", "-c", "2") if stop == 2 else train_autoencoder.main(
+            ["--resume", str(broken)])
+        assert status == 128 + signal.SIGINT and "--resume" in capsys.readouterr().out.split("go on with: ")[1]
+        assert not (broken / "encoder.pth").exists()
     monkeypatch.setattr(ModelEMA, "update", update)
-    assert not script("--resume", whole)
-    assert "update 8" in capsys.readouterr().out
-    assert not differences(end, load_checkpoint(str(whole / "epoch_003.pth.tar")))
-    assert figures == json.loads((whole / "evaluation.json").read_text())
+    assert not script("--resume", broken)
+    assert "update 5" in capsys.readouterr().out
+    assert set(differences(*(load_checkpoint(str(run / "epoch_003.pth.tar")) for run in (whole, broken)))) <= {".print_freq"}
+    assert figures == json.loads((broken / "evaluation.json").read_text())
+
+    # from a checkpoint of a run that went on
+    assert not script("--resume", whole / "epoch_001.pth.tar")
+    assert (whole / "epoch_003.pth.tar.superseded").exists()
+    assert set(differences(*(load_checkpoint(str(run / "epoch_003.pth.tar")) for run in (whole, broken)))) <= {".print_freq"}
 
     # mistakes of resuming
-    refused(lambda: script("--resume", whole, batch_size=3), "loader.batch_size is 2 there and 3")
-    refused(lambda: script("--output", "whole"), "--output: ", "exists")
+    refused(lambda: script("--resume", broken, batch_size=3), "loader.batch_size is 2 there and 3")
+    refused(lambda: script("--output", "broken"), "--output: ", "exists")
 
 
 def test_learns_without_held_out_images(script, tmp_path, capsys):
