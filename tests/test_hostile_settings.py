@@ -109,6 +109,13 @@ def test_an_alias_bomb_in_a_checkpoint(place):
         refused(place, "sample.py", "bomb.pth.tar", words=[f"config: {'.'.join(filter(None, (section, key)))} is "])
 
 
+def test_a_checkpoint_without_a_number_of_classes(place):
+    state = torch.load(place / "model_final.pth.tar", weights_only=True)
+    state["config"]["model"]["num_classes"] = None
+    torch.save(state, place / "null.pth.tar")
+    refused(place, "sample.py", "null.pth.tar", words=["model.num_classes is null"])
+
+
 # ---- sizes
 
 @pytest.mark.parametrize("setting, words", [

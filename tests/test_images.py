@@ -221,6 +221,12 @@ def test_damaged_npz_files(tmp_path):
         refused(path, "x.npz is damaged")
 
 
+def test_a_member_of_an_npz_file_that_is_no_array(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as z:
+        z.writestr("arr_0", b"bytes")
+    refused(tmp_path / "x.npz", "arr_0 is bytes")
+
+
 def test_no_code_in_an_npz_file_is_run(tmp_path):
     mark, evil = tmp_path / "mark", np.empty(1, dtype=object)
     evil[0] = Evil(mark)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import math
 import sys
 from pathlib import Path
@@ -127,6 +128,13 @@ def test_a_shipped_comparison(tmp_path):
     source = Path(CODE).parent / "results/mnist_cpu/models.json"
     plot_results.main([str(source), "--output", str(tmp_path)])
     assert (tmp_path / "models.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_grid_that_is_no_picture(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "sample-0.png").write_text("no picture")
+    with pytest.raises(UsageError, match="samples: .*sample-0.png"):
+        plot_results.main([str(tmp_path / "run"), "--output", str(tmp_path / "figures")])
 
 
 def test_bad_input(run, tmp_path, monkeypatch):

@@ -228,8 +228,9 @@ def test_files_that_are_no_checkpoint(tmp_path):
     assert "no file" in refused(tmp_path / "no.safetensors") and "is a folder" in refused(tmp_path)
     (tmp_path / "a.ckpt").write_bytes(b"<!DOCTYPE html><html>")
     assert "damaged or no checkpoint" in refused(tmp_path / "a.ckpt")
-    torch.save({"state_dict": {"a": 3}}, tmp_path / "b.ckpt")
-    assert "no tensors" in refused(tmp_path / "b.ckpt")
+    for state in ({"a": 3}, 3):
+        torch.save({"state_dict": state}, tmp_path / "b.ckpt")
+        assert "no tensors" in refused(tmp_path / "b.ckpt")
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
