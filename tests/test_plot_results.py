@@ -2,8 +2,8 @@
 
 import csv
 import json
-import shutil
 import math
+import shutil
 import sys
 from pathlib import Path
 
