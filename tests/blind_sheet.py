@@ -4,11 +4,12 @@ python tests/blind_sheet.py draw blind --data data/afhq --set guided=guided.npz 
 python tests/blind_sheet.py score blind answers.txt --output results/afhq_metric/blind.json
 
 `draw` writes 40 pictures, each four cats of one set above four of another, and key.json, which says what they are. Sets are
-photographs (test images), their reconstructions by the autoencoder that ships, and each --set, of sample.py --output.
+each --set, of sample.py --output, and, without --samples-only, photographs (test images) and their reconstructions by the
+autoencoder that ships.
 Somebody writes into answers.txt, a line a picture, which four look more like real cats: L for the upper four, R for
 the lower. `score` compares that with the order in which the MobileNet puts the sets: by its share of recognised cats,
 and by its distances.
-Photographs are in these pictures (CC BY-NC 4.0): they are not for the repository."""
+Photographs (CC BY-NC 4.0) in these pictures are not for the repository."""
 
 import itertools
 import json
@@ -56,10 +57,12 @@ def draw(args):
     config = libs.load_config(CONFIG)
     config["dataset"]["data_folder"], config["eval"]["features"] = args.data, "mobilenet"
     real = RealImages(config, torch.device("cpu"))
-    cats = real.test.take((real.test.labels == real.train.classes.index("cat")).nonzero()[:, 0])
-    taesd = TAESD(config["model"]["vae_encoder_weights"], config["model"]["vae_decoder_weights"])
-    sets = {"photographs": cats, "reconstructions": ImageSet(torch.cat(
-        [to_uint8(taesd.decoder(taesd.encoder(x / 255))) for x in cats.images.split(16)]))}
+    sets = {}
+    if not args.samples_only:
+        cats = real.test.take((real.test.labels == real.train.classes.index("cat")).nonzero()[:, 0])
+        taesd = TAESD(config["model"]["vae_encoder_weights"], config["model"]["vae_decoder_weights"])
+        sets = {"photographs": cats, "reconstructions": ImageSet(torch.cat(
+            [to_uint8(taesd.decoder(taesd.encoder(x / 255))) for x in cats.images.split(16)]))}
     for text in args.set:
         name, _, path = text.partition("=")
         if not path or name in sets:
@@ -126,11 +129,14 @@ def parse_args(argv=None):
     one.add_argument("folder", help="a new folder")
     one.add_argument("--data", default=os.path.join(ROOT, "data", "afhq"), help="AFHQ (default data/afhq)")
     one.add_argument("--set", action="append", default=[], metavar="NAME=FILE.npz", help="a set of samples")
+    one.add_argument("--samples-only", action="store_true", help="no photographs, no reconstructions")
     two = commands.add_parser("score")
     two.add_argument("folder", help="the folder of draw")
     two.add_argument("answers", help="a text file, L or R in each line")
     two.add_argument("--output", required=True, metavar="FILE.json")
     args = parser.parse_args(argv)
+    if args.command == "draw" and args.samples_only and len(args.set) < 2:
+        parser.error("--samples-only: at least two --set are needed")
     check_output(args.folder if args.command == "draw" else args.output)
     return args
 

@@ -52,3 +52,11 @@ def test_drawn_and_scored(tmp_path, monkeypatch, capsys):
     assert json.loads(output.read_text())["answers"] == "LRL" and "agree" in capsys.readouterr().out
     with pytest.raises(UsageError):
         blind_sheet.main(["draw", str(folder)])
+
+    samples = ["--samples-only", "--set", f"noise={tmp_path / 'noise.npz'}"]
+    with pytest.raises(UsageError) as error:
+        blind_sheet.main(["draw", str(tmp_path / "samples"), *samples])
+    assert "two --set" in one_line(error)
+    blind_sheet.main(["draw", str(tmp_path / "samples"), "--data", str(tmp_path / "data"), *samples,
+                      "--set", f"again={tmp_path / 'noise.npz'}"])
+    assert list(json.loads((tmp_path / "samples" / "key.json").read_text())["sets"]) == ["noise", "again"]
