@@ -163,8 +163,7 @@ SHIPPED = [("mnist_cpu/samplers", ["rows"], compare.sampler_tables),
            ("mnist_cpu/ablations", ["errors", "rows"], compare.run_tables),
            ("mnist_cpu/models", ["errors", "rows"], compare.run_tables),
            ("mnist/samplers", ["rows"], compare.sampler_tables),
-           ("afhq_cpu/runs", ["errors", "rows"], compare.run_tables),
-           ("afhq_cpu/sampler_choice", ["errors", "rows"], compare.run_tables)]
+           *((f"afhq_models/{name}", ["errors", "rows"], compare.run_tables) for name in ("rates", "sampler_choice", "runs"))]
 
 
 @pytest.mark.parametrize("name, lists, tables", SHIPPED)

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import shlex
+import statistics
 import sys
 from functools import cache
 from pathlib import Path
@@ -153,10 +154,19 @@ def test_the_table_of_results_has_the_measured_numbers():
         numbers = (f"| {report['network_calls']} (", f"{report['generated']['fd_train']:.3f} | {report['floor']['fd_train']:.3f}",
                    f"{100 * report['generated']['label_accuracy']:.2f} %")
         assert all(number in row(f"{folder}.yaml") for number in numbers)
-    runs = json.loads((ROOT / "results/afhq_cpu/runs.json").read_text())
-    for kind, calls in (("EDM", 19), ("DDPM", 20)):
-        distances = [x["fd_test"] for x in runs["rows"] if (x["kind"], x["network_calls"]) == (kind, calls)]
-        assert f"{sum(distances) / len(distances):.3f} | {runs['floor']:.3f}" in row(f"afhq_cpu_{kind.lower()}.yaml")
+    cats = json.loads((ROOT / "results/afhq_guided/evaluation.json").read_text())
+    assert row("pretrained/afhq_cpu.pth.tar").endswith(f"| {cats['generated']['fd_train']:.0f} | {cats['floor']['fd_train']:.0f} "
+                                                       f"| {100 * cats['generated']['recognised']:.0f} % |")
+    runs = json.loads((ROOT / "results/afhq_models/runs.json").read_text())
+
+    def both(*folders):
+        """The mean distances and shares of two kinds of run in 20 calls, as README has them."""
+        found = [[x for x in runs["rows"] if f"/afhq_cpu_{folder}_" in x["run"] and x["network_calls"] == 20] for folder in folders]
+        distances, shares = ([statistics.mean(x[key] for x in same) for same in found] for key in ("fd_test", "recognised"))
+        return (f"{distances[0]:.0f}; {distances[1]:.0f} | {runs['floor']:.0f} | {100 * shares[0]:.0f} %; {100 * shares[1]:.0f} % |")
+
+    assert f"20 (Euler) | {both('edm_flow', 'edm_small')}" in README
+    assert f"20 (DDIM; DPM++) | {both('ddpm_v', 'ddpm_small')}" in README
 
 
 def test_the_table_of_the_handout_names_what_exists():

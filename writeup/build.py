@@ -97,26 +97,34 @@ CHANGES = {"mnist_cpu_short": "none", "mnist_cpu_edm": "an EDM", "mnist_cpu_wide
            "mnist_cpu_levels": r"noise levels of before ($P_{\mathrm{mean}}=-0.4$, $P_{\mathrm{std}}=1.2$)",
            "mnist_cpu_cosine": "the learning rate falls by a cosine", "mnist_cpu_batch32": "batches of 32, learning rate 0.003",
            "mnist_cpu_adamw": "AdamW", "mnist_cpu_adamw2": "AdamW, learning rate 0.002"}
+# the same of afhq_models/runs.json -> which model
+CATS = {"afhq_cpu_edm_flow": "flow", "afhq_cpu_edm_small": "EDM", "afhq_cpu_ddpm_v": "DDPM, $v$",
+        "afhq_cpu_ddpm_small": "DDPM, noise"}
+
+
+def trainings(rows, names):
+    """A name, and the rows of the runs that differ in their seed alone, for each of the folders in `names`."""
+    for folder, name in names.items():
+        yield name, [row for row in rows if re.sub(r"_\d$", "", Path(row["run"]).parent.name) == folder]
 
 
 def cats():
     """Rows of `compare.py runs`, fewest network calls first."""
-    groups = {}
-    for row in read("afhq_cpu/runs.json")["rows"]:
-        groups.setdefault((row["network_calls"], row["kind"]), []).append(row)
-    for (calls, kind), same in sorted(groups.items()):
-        way = same[0]["way"]
-        yield [kind, sampler_name(way), way["steps"], calls, len(same),
-               *(mean([row[key] for row in same], ".3f") for key in ("fd_test", "fd_train", "precision", "recall"))]
+    for name, found in trainings(read("afhq_models/runs.json")["rows"], CATS):
+        for calls in sorted({row["network_calls"] for row in found}):
+            same = [row for row in found if row["network_calls"] == calls]
+            yield [name, sampler_name(same[0]["way"]), calls, mean([100 * row["recognised"] for row in same], ".1f"),
+                   *(mean([row[key] for row in same], ".0f") for key in ("fd_test", "fd_train")),
+                   mean([row["precision"] for row in same], ".3f")]
+            name = ""
 
 
 def denoising():
-    """Mean error of denoising held-out images by noise level, of each kind; two columns of levels."""
-    found = read("afhq_cpu/runs.json")
-    cells = [[f"{sigma:g}", *(mean([row["test"][k] for row in found["errors"] if row["kind"] == kind], ".4f")
-                              for kind in ("EDM", "DDPM"))] for k, sigma in enumerate(found["sigmas"])]
-    for left, right in zip(cells, cells[len(cells) // 2:]):
-        yield left + right
+    """Mean error of denoising the held-out cats of each model, by noise level."""
+    found = read("afhq_models/runs.json")
+    for sigma in (0.1, 0.4, 1.0, 2.0, 5.0, 12.0):
+        k = found["sigmas"].index(sigma)
+        yield [f"{sigma:g}", *(mean([row["test"][k] for row in same], ".4f") for _, same in trainings(found["errors"], CATS))]
 
 
 def recipes():
@@ -134,8 +142,7 @@ def ablations():
     found = read("mnist_cpu/ablations.json")
     levels = [found["sigmas"].index(sigma) for sigma in (0.4, 1.0, 2.0)]
     errors = {row["run"]: [row["test"][k] for k in levels] for row in found["errors"]}
-    for folder, name in CHANGES.items():
-        same = [row for row in found["rows"] if re.sub(r"_\d$", "", Path(row["run"]).parent.name) == folder]
+    for name, same in trainings(found["rows"], CHANGES):
         yield [name, len(same),
                *(format(statistics.mean(level), ".4f") for level in zip(*(errors[row["run"]] for row in same))),
                mean([row["fd_test"] for row in same], ".3f"), mean([100 * row["label_accuracy"] for row in same], ".2f")]
