@@ -114,13 +114,12 @@ def cats():
         for calls in sorted({row["network_calls"] for row in found}):
             same = [row for row in found if row["network_calls"] == calls]
             yield [name, sampler_name(same[0]["way"]), calls, mean([100 * row["recognised"] for row in same], ".1f"),
-                   *(mean([row[key] for row in same], ".0f") for key in ("fd_test", "fd_train")),
-                   mean([row["precision"] for row in same], ".3f")]
+                   *(mean([row[key] for row in same], ".0f") for key in ("fd_test", "fd_train"))]
             name = ""
 
 
 def denoising():
-    """Mean error of denoising the held-out cats of each model, by noise level."""
+    """Each model's mean error of denoising the held-out cats, by noise level."""
     found = read("afhq_models/runs.json")
     for sigma in (0.1, 0.4, 1.0, 2.0, 5.0, 12.0):
         k = found["sigmas"].index(sigma)
