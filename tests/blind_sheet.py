@@ -1,4 +1,4 @@
-"""Does the judge of photographs see what a person sees? Pairs of pictures that are judged without knowing what they are.
+"""Does the judge of photographs see what the eye sees? Pairs of pictures that are judged without knowing what they are.
 
 python tests/blind_sheet.py draw blind --data data/afhq --set guided=guided.npz --set unguided=unguided.npz
 python tests/blind_sheet.py score blind answers.txt --output results/afhq_metric/blind.json
