@@ -11,6 +11,7 @@ A SETTING is SAMPLER[:STEPS], then KEY=VALUE of sample_cfg. The rest is the conf
 What --output holds already is not measured again: an interrupted comparison goes on, another call adds its rows."""
 
 import json
+from functools import cached_property
 from hashlib import sha256
 
 import torch
@@ -76,7 +77,11 @@ class TrainedRun:
         state = load_checkpoint(self.path)
         self.model, self.config = model_from(state, self.path)
         self.hash, self.classes, self.updates = file_hash(self.path), state.get("classes"), state.get("step", 0)
-        self.operations = operations(self.model)[1]  # of training, for one image
+
+    @cached_property
+    def operations(self):
+        """Floating-point operations of training, for one image."""
+        return operations(self.model)[1]
 
     def settings(self, texts):
         """The complete settings of a sampler that each text means for this model, without repetitions."""

@@ -12,7 +12,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "code"))
 
@@ -40,6 +39,8 @@ def mnist_folder(real_data, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
+    import torch  # here, so that the process that hands out the tests does not wait for it
+
     torch.manual_seed(0)
 
 

@@ -65,8 +65,11 @@ def assert_same_training(folder, outputs):
 
 
 def torchrun(arguments):
-    from torch.distributed.run import main
-    main(arguments)
+    """torchrun, but its processes are forks of this one: new ones would spend seconds on importing PyTorch."""
+    from torch.distributed import run as launcher
+    config, _, (_, script, *rest) = launcher.config_from_args(launcher.parse_args(["--start-method=fork", *arguments]))
+    assert os.path.samefile(script, train.__file__)
+    launcher.elastic_launch(config, train.main)(rest)
 
 
 def test_torchrun_trains_what_one_process_trains(tmp_path, capsys):
@@ -150,22 +153,22 @@ def test_a_killed_process_is_an_error_of_the_others(tmp_path):
 
 def slow_first_process():
     """It takes longer than TIMEOUT: to set up and to draw a grid, which is allowed, then in training."""
-    World.TIMEOUT = timedelta(seconds=2)
+    World.TIMEOUT = timedelta(seconds=1.5)
     world = World()
 
     def main():
         world.connect(torch.device("cpu"))
         world.one_after_the_other()
         if world.first:
-            time.sleep(3)
+            time.sleep(2)
         world.one_after_the_other(done=True)
         print("set up", flush=True)
         if world.first:
-            time.sleep(3)
+            time.sleep(2)
         world.meet()
         print("met", flush=True)
         if world.first:
-            time.sleep(4)
+            time.sleep(2.5)
         else:
             world.agree(1)
 

@@ -156,7 +156,8 @@ COMMANDS = {
          "cpu"]),
     "benchmark": lambda place, path: speed.measure_samplers(libs.load_model(path)[1], 0.1, CPU),
     "train": lambda place, path: train.main([str(place.config), *(w for x in (
-        *place.latents(), f"dtype={Path(path).name.split('.')[0]}", "train_cfg.epochs=1") for w in ("--set", x))]),
+        *place.latents(), f"dtype={Path(path).name.split('.')[0]}", "dataset.latent_crops=1", "train_cfg.epochs=1")
+        for w in ("--set", x))]),
 }
 
 

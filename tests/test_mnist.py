@@ -44,16 +44,22 @@ def test_mnist_of_another_size(mnist_folder):
     assert abs(a.mean() - b.mean()) < 0.02  # the digits keep their place and grey levels
 
 
-def test_damaged_mnist_is_made_good_from_the_packed_files(mnist_folder, tmp_path):
+def test_damaged_mnist_is_made_good_from_the_packed_files(mnist_folder, tmp_path, monkeypatch):
+    """Without a network. Where the packed files are not the published ones to the bit, their contents are."""
+    raw = tmp_path / "data" / "MNIST" / "raw"
     shutil.copytree(mnist_folder, tmp_path / "data", copy_function=os.link)
-    path = tmp_path / "data" / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    monkeypatch.setattr(mnist.MNIST, "resources", [
+        (name, hashlib.md5((raw / name).read_bytes()).hexdigest()) for name, _ in mnist.MNIST.resources])
+    monkeypatch.setattr(mnist.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(mnist, "_from_package_index", fail)
+    path = raw / "t10k-images-idx3-ubyte"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.unlink()  # and not the original, which it is a link to
     path.write_bytes(data)
-    assert not mnist.is_complete(path.parent)
+    assert not mnist.is_complete(raw)
     mnist.fetch_mnist(str(tmp_path / "data"))
-    assert mnist.is_complete(path.parent)
+    assert mnist.is_complete(raw)
 
 
 # ---- from the package index, when the mirrors fail

@@ -31,7 +31,7 @@ def test_latent_diffusion_of_faces(tmp_path, monkeypatch, capsys):
     torch.save(build_decoder().state_dict(), tmp_path / "decoder.pth")
     changes = {"output_folder": tmp_path / "logs", "dataset.data_folder": tmp_path / "afhq", "dataset.img_size": 32,
                "model.vae_encoder_weights": tmp_path / "encoder.pth", "loader.batch_size": 4, "train_cfg.epochs": 2,
-               "model.vae_decoder_weights": tmp_path / "decoder.pth", "model.dim": 32, "model.timesteps": 20,
+               "model.vae_decoder_weights": tmp_path / "decoder.pth", "model.dim": 16, "model.timesteps": 10, "dataset.latent_crops": 2,
                "train_cfg.num_eval_samples": 2}
     train.main(["./configs/afhq.yaml", "-c", "1", "--output", "a",
                 *(x for key, value in changes.items() for x in ("--set", f"{key}={value}"))])
@@ -43,7 +43,7 @@ def test_latent_diffusion_of_faces(tmp_path, monkeypatch, capsys):
     assert std < 0.5 and "warning: the latents are far from mean 0" in out
     state = torch.load(run / "model_final.pth.tar", weights_only=True)
     assert not any("vae" in key for key in state["state_dict"])
-    assert tuple(state["state_dict"]["model.conv_in.weight"].shape) == (32, 4, 3, 3)
+    assert tuple(state["state_dict"]["model.conv_in.weight"].shape) == (16, 4, 3, 3)
 
     train.main(["--resume", str(run / "epoch_000.pth.tar")])
     assert "1 epochs and 0 batches done" in capsys.readouterr().out
@@ -77,7 +77,7 @@ def test_label_accuracy_of_the_shipped_model():
 def test_real_mnist(mnist_folder, tmp_path, capsys):
     """mnist.yaml on real digits, shortened: a few of the test digits, a narrow network, one epoch."""
     settings = [f"output_folder={tmp_path}", f"dataset.data_folder={mnist_folder}", "dataset.split=test",
-                "dataset.limit=960", "model.dim=8", "model.attn_levels=[1]",
+                "dataset.limit=480", "loader.batch_size=32", "model.dim=8", "model.attn_levels=[1]",
                 "train_cfg.epochs=1", "train_cfg.lr=4e-3", "train_cfg.num_eval_samples=1",
                 "sample_cfg.sampler=ddim", "sample_cfg.steps=4", "devices=[cpu]"]
     train.main(["configs/mnist.yaml", "-p", "8", "--output", "m", *(x for s in settings for x in ("--set", s))])
@@ -86,10 +86,10 @@ def test_real_mnist(mnist_folder, tmp_path, capsys):
 
 
 def test_the_report_of_the_shipped_model(mnist_folder, tmp_path, monkeypatch):
-    """Beside 2,000 digits of each set, and less the search for copies, which test_memorization.py tests."""
+    """Beside 1,000 digits of each set, and less the search for copies, which test_memorization.py tests."""
     def few(*arguments, load=datasets._load_torchvision):
         images, labels, classes = load(*arguments)
-        return images[:2000], labels[:2000], classes
+        return images[:1000], labels[:1000], classes
 
     monkeypatch.setattr(datasets, "_load_torchvision", few)
     monkeypatch.setattr("libs.config.CACHE", str(tmp_path / "cache"))

@@ -5,6 +5,7 @@ Inception network the first two are called FID and KID. Everything is computed i
 features can stay float32 and memory does not grow with the square of N.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,19 +17,22 @@ EPS = torch.finfo(torch.float64).eps
 
 
 class Gaussian(NamedTuple):
-    """Mean, D, and covariance, D x D, of a set of features."""
+    """Mean, D, and a root of the covariance S of a set of features: rank x D, with root^T root = S."""
     mean: torch.Tensor
-    cov: torch.Tensor
+    root: torch.Tensor
 
 
 def fit_gaussian(features):
     """Mean and covariance (divisor N - 1), in float64, of N x D features of any dtype; N at least 2.
 
-    In two passes, about the mean: sums of squares would lose all digits where it is large beside the spread.
+    In two passes, about the mean: sums of squares would lose all digits where it is large beside the spread. The root
+    is R of the QR decomposition of the centred features, X = QR, which keeps the digits that squaring them would lose.
     """
     mean = sum(_float64(rows).sum(0) for rows in features.split(BLOCK)) / len(features)
-    centred = (_float64(rows) - mean for rows in features.split(BLOCK))
-    return Gaussian(mean, sum(rows.T @ rows for rows in centred) / (len(features) - 1))
+    root = mean.new_empty(0, len(mean))
+    for rows in features.split(4 * BLOCK):  # large ones: each is factored together with R so far
+        root = torch.linalg.qr(torch.cat([root, _float64(rows) - mean]), mode="r").R
+    return Gaussian(mean, root / math.sqrt(len(features) - 1))
 
 
 def frechet_distance(a, b):
@@ -39,18 +43,11 @@ def frechet_distance(a, b):
     a, b: Gaussian. Returns a float, at least 0, in the features' unit squared. It is biased upwards where n is small:
     compare only numbers of the same n.
     """
-    # S_1 S_2 has the eigenvalues of S_1^(1/2) S_2 S_1^(1/2), whose roots are the singular values of R_1^T R_2 for any
-    # S = R R^T. Taking these, and not the roots of eigenvalues, keeps 16 digits of them where S is singular, not 8.
-    cross = torch.linalg.svdvals(_root(a.cov).T @ _root(b.cov)).sum()
-    distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross
+    # with S = R^T R, the roots of the eigenvalues of S_1 S_2 are the singular values of R_1 R_2^T; taking these keeps
+    # 16 digits of them where S is singular, not 8
+    cross = torch.linalg.svdvals(a.root @ b.root.T).sum()
+    distance = (a.mean - b.mean).square().sum() + a.root.square().sum() + b.root.square().sum() - 2 * cross
     return max(float(distance), 0.0)
-
-
-def _root(cov):
-    """R, D x rank, with R R^T = S. Eigenvalues that are rounding errors are left out: n samples span n - 1."""
-    values, vectors = torch.linalg.eigh(cov)
-    kept = values > max(len(values), 64) * EPS * values.max()
-    return vectors[:, kept] * values[kept].sqrt()
 
 
 def kernel_distance(x, y, subset_size=1000, subsets=100):
