@@ -1,5 +1,6 @@
 """What all tests share: `code/` on the path, one thread, the real data where the environment names them."""
 
+import gc
 import gzip
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 # the networks of the tests are tiny, and threads would wait for each other; inherited by processes that tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.set_threshold(20_000)  # the objects of all that is imported are looked through less often
 
 import pytest
 
