@@ -162,7 +162,7 @@ def test_errors_alone_of_runs_with_other_settings(models, call):
 SHIPPED = [("mnist_cpu/samplers", ["rows"], compare.sampler_tables),
            ("mnist_cpu/ablations", ["errors", "rows"], compare.run_tables),
            ("mnist_cpu/models", ["errors", "rows"], compare.run_tables),
-           ("mnist/samplers", ["rows"], compare.sampler_tables),
+           ("mnist/samplers", ["rows"], compare.sampler_tables), ("afhq_guided/scales", ["rows"], compare.sampler_tables),
            *((f"afhq_models/{name}", ["errors", "rows"], compare.run_tables) for name in ("rates", "sampler_choice", "runs"))]
 
 
