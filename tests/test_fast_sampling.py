@@ -156,7 +156,7 @@ COMMANDS = {
          "cpu"]),
     "benchmark": lambda place, path: speed.measure_samplers(libs.load_model(path)[1], 0.1, CPU),
     "train": lambda place, path: train.main([str(place.config), *(w for x in (
-        *place.latents(), f"dtype={Path(path).name.split('.')[0]}", "dataset.latent_crops=1", "train_cfg.epochs=1")
+        *place.latents(2), f"dtype={Path(path).name.split('.')[0]}", "dataset.latent_crops=1", "train_cfg.epochs=1")
         for w in ("--set", x))]),
 }
 
@@ -172,7 +172,7 @@ def test_the_scripts_draw_in_the_precision_of_the_config(command, tmp_path, monk
             seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
         return forward(self, *inputs)
 
-    settings = place.latents()
+    settings = place.latents(4)
     monkeypatch.setattr(UNet, "forward", noted)
     for dtype, wanted in (("fp32", False), ("bf16", torch.bfloat16)):
         seen.clear()
