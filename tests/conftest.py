@@ -11,7 +11,7 @@ from pathlib import Path
 
 # the networks of the tests are tiny, and threads would wait for each other; inherited by processes that tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-gc.set_threshold(20_000)  # the objects of all that is imported are looked through less often
+gc.set_threshold(20_000)  # each collection walks through all that was imported: fewer of them
 
 import pytest
 

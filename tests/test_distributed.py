@@ -65,11 +65,8 @@ def assert_same_training(folder, outputs):
 
 
 def torchrun(arguments):
-    """torchrun, but its processes are forks of this one: new ones would spend seconds on importing PyTorch."""
-    from torch.distributed import run as launcher
-    config, _, (_, script, *rest) = launcher.config_from_args(launcher.parse_args(["--start-method=fork", *arguments]))
-    assert os.path.samefile(script, train.__file__)
-    launcher.elastic_launch(config, train.main)(rest)
+    from torch.distributed.run import main
+    main(arguments)
 
 
 def test_torchrun_trains_what_one_process_trains(tmp_path, capsys):
@@ -153,22 +150,22 @@ def test_a_killed_process_is_an_error_of_the_others(tmp_path):
 
 def slow_first_process():
     """It takes longer than TIMEOUT: to set up and to draw a grid, which is allowed, then in training."""
-    World.TIMEOUT = timedelta(seconds=1.5)
+    World.TIMEOUT = timedelta(seconds=2)
     world = World()
 
     def main():
         world.connect(torch.device("cpu"))
         world.one_after_the_other()
         if world.first:
-            time.sleep(2)
+            time.sleep(2.5)
         world.one_after_the_other(done=True)
         print("set up", flush=True)
         if world.first:
-            time.sleep(2)
+            time.sleep(2.5)
         world.meet()
         print("met", flush=True)
         if world.first:
-            time.sleep(2.5)
+            time.sleep(3)
         else:
             world.agree(1)
 

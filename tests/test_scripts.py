@@ -31,8 +31,8 @@ def test_latent_diffusion_of_faces(tmp_path, monkeypatch, capsys):
     torch.save(build_decoder().state_dict(), tmp_path / "decoder.pth")
     changes = {"output_folder": tmp_path / "logs", "dataset.data_folder": tmp_path / "afhq", "dataset.img_size": 32,
                "model.vae_encoder_weights": tmp_path / "encoder.pth", "loader.batch_size": 4, "train_cfg.epochs": 2,
-               "model.vae_decoder_weights": tmp_path / "decoder.pth", "model.dim": 16, "model.timesteps": 10, "dataset.latent_crops": 2,
-               "train_cfg.num_eval_samples": 2}
+               "model.vae_decoder_weights": tmp_path / "decoder.pth", "model.dim": 16, "model.timesteps": 10,
+               "dataset.latent_crops": 2, "train_cfg.num_eval_samples": 2}
     train.main(["./configs/afhq.yaml", "-c", "1", "--output", "a",
                 *(x for key, value in changes.items() for x in ("--set", f"{key}={value}"))])
     out, run = capsys.readouterr().out, tmp_path / "logs" / "afhq_a"

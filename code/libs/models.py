@@ -136,7 +136,7 @@ def sampling_settings(model, config, **given):
         model.check_guidance(settings["guidance_scale"])
     guide = settings.pop("guide", None)
     if given.get("guide") and settings["guidance_scale"] == 1:
-        raise UsageError("guide: at guidance_scale 1 it is not used; give another, 1.75 for example")
+        raise UsageError("guide: at guidance_scale 1 it is not used; give another, 2.25 for example")
     if guide and settings["guidance_scale"] != 1:
         settings["guide"] = "/".join(Path(guide).absolute().parts[-2:])  # the same from any folder
     return settings

@@ -12,21 +12,21 @@ import torch
 
 from .neighbours import nearest
 
-BLOCK = 1024  # rows that are float64 at a time
+BLOCK = 1024  # rows that are float64 at a time, four times as many in `fit_gaussian`
 EPS = torch.finfo(torch.float64).eps
 
 
 class Gaussian(NamedTuple):
-    """Mean, D, and a root of the covariance S of a set of features: rank x D, with root^T root = S."""
+    """Mean, D, and a root of the covariance S of a set of features: min(N, D) x D, with root^T root = S."""
     mean: torch.Tensor
     root: torch.Tensor
 
 
 def fit_gaussian(features):
-    """Mean and covariance (divisor N - 1), in float64, of N x D features of any dtype; N at least 2.
+    """Mean and root of the covariance (divisor N - 1), in float64, of N x D features of any dtype; N at least 2.
 
     In two passes, about the mean: sums of squares would lose all digits where it is large beside the spread. The root
-    is R of the QR decomposition of the centred features, X = QR, which keeps the digits that squaring them would lose.
+    is R / (N - 1)^(1/2), where X = QR are the centred features: it keeps the digits that X^T X would lose.
     """
     mean = sum(_float64(rows).sum(0) for rows in features.split(BLOCK)) / len(features)
     root = mean.new_empty(0, len(mean))
