@@ -193,10 +193,10 @@ def fill(text):
 def as_jpeg(text):
     """report.tex with the grids of cats as JPEG files, a quarter as large as PNG."""
     for name in set(re.findall(r"\{(afhq\w*/[^}]*\.png)\}", text)):
-        copy = BUILD / Path(name).with_suffix(".jpg")
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        Image.open(RESULTS / name).save(copy, quality=92, subsampling=0)
-        text = text.replace(f"{{{name}}}", f"{{{copy.relative_to(BUILD).as_posix()}}}")
+        jpeg = Path(name).with_suffix(".jpg")
+        (BUILD / jpeg).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(RESULTS / name).save(BUILD / jpeg, quality=92, subsampling=0)
+        text = text.replace(f"{{{name}}}", f"{{{jpeg.as_posix()}}}")
     return text
 
 
